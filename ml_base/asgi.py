@@ -1,0 +1,212 @@
+"""The HTTP edge both servers share: request ids, bodies with a limit, JSON refusals, raw routes, draining."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import time
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from fastapi.routing import APIRoute
+
+from ml_base import errors, native
+from ml_base.wire import REQUEST_ID_HEADER
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from types import FrameType
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+MAX_REQUEST_ID_CHARS = 128
+_PLAIN_ID = re.compile(rb"[\x21-\x7e]+")  # what may be logged and sent back without escaping
+
+
+class ClientGoneError(Exception):
+    """The caller hung up before there was an answer."""
+
+
+def header(scope: Scope, name: str) -> str | None:
+    """The first value of a header, or None."""
+    wanted = name.encode()
+    for key, value in scope["headers"]:
+        if key == wanted:
+            return str(value, "latin-1")
+    return None
+
+
+async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int) -> bytes:
+    """The whole body. Raises `BodyTooLarge` as soon as that is known, `ClientGoneError` if the caller hangs up."""
+    declared = header(scope, "content-length")
+    if declared is not None and declared.isdigit() and int(declared) > limit_bytes:
+        raise _too_large(int(declared), limit_bytes)
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        part: bytes = message.get("body", b"")
+        size += len(part)
+        if size > limit_bytes:
+            raise _too_large(size, limit_bytes)
+        if not message.get("more_body", False):
+            return part if not parts else b"".join((*parts, part))
+        parts.append(part)
+
+
+def _too_large(size: int, limit_bytes: int) -> errors.BodyTooLarge:
+    return errors.BodyTooLarge(
+        f"body: at most {limit_bytes} bytes, got {size}", field="body", limit=limit_bytes, value=size
+    )
+
+
+async def disconnected(receive: Receive) -> None:
+    """Returns when the caller hangs up; only to be awaited once the body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def send_bytes(
+    send: Send,
+    status: int,
+    parts: Sequence[bytes],
+    *,
+    content_type: str = "application/json",
+    headers: Iterable[tuple[bytes, bytes]] = (),
+) -> None:
+    """A whole reply. A large one goes out part by part, so that it is never copied into one piece."""
+    length = sum(map(len, parts))
+    start = [(b"content-type", content_type.encode()), (b"content-length", b"%d" % length), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": start})
+    last = len(parts) - 1
+    for index, part in enumerate(parts):
+        await send({"type": "http.response.body", "body": part, "more_body": index < last})
+
+
+async def send_problem(send: Send, problem: errors.Problem, request_id: str) -> None:
+    """A refusal in the native dialect."""
+    status, body = native.error_body(problem, request_id)
+    headers = []
+    if problem.retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % max(1, round(problem.retry_after_s))))
+    if status == 413:  # noqa: PLR2004 - the rest of the body is unread: the connection cannot carry another request
+        headers.append((b"connection", b"close"))
+    await send_bytes(send, status, [body], headers=headers)
+
+
+def guarded(endpoint: Callable[[Scope, Receive, Send], Awaitable[None]]) -> ASGIApp:
+    """An ASGI app around `endpoint` that answers every exception: known ones by table, others with a plain 500."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = scope["state"]["request_id"]
+        try:
+            await endpoint(scope, receive, send)
+        except errors.Problem as problem:
+            await send_problem(send, problem, request_id)
+        except ClientGoneError:
+            log.info("request_id=%s the caller hung up", request_id)
+        except Exception:
+            log.exception("request_id=%s failed", request_id)
+            generic = errors.InferenceFailed("internal error; the log has the detail under this request_id")
+            await send_problem(send, generic, request_id)
+
+    return app
+
+
+class AsgiRoute(APIRoute):
+    """Documents `endpoint` in OpenAPI, but runs `asgi` for its methods: a cached answer pays for no framework."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], *, asgi: ASGIApp, **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+        self.asgi = asgi
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] in (self.methods or ()):
+            await self.asgi(scope, receive, send)
+        else:
+            await super().handle(scope, receive, send)  # 405
+
+
+class Edge:
+    """Outermost ASGI layer: gives each request an id, puts it on the reply, reports the outcome to `observe`.
+
+    While `draining()` is true every reply closes its connection, so that a balancer opens the next one elsewhere.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        observe: Callable[[Scope, int], None],
+        draining: Callable[[], bool],
+    ) -> None:
+        self._app = app
+        self._observe = observe
+        self._draining = draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        status = 499  # what the log of a proxy calls a caller that hung up before the reply
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message["headers"], (b"x-request-id", request_id)]
+                if self._draining():
+                    headers.append((b"connection", b"close"))
+                message["headers"] = headers
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            self._observe(scope, status)
+
+
+def _request_id(scope: Scope) -> bytes:
+    given = header(scope, REQUEST_ID_HEADER)
+    if given is not None and len(given) <= MAX_REQUEST_ID_CHARS:
+        raw = given.encode("latin-1")
+        if _PLAIN_ID.fullmatch(raw):
+            return raw
+    return secrets.token_hex(8).encode()
+
+
+class DrainingServer(uvicorn.Server):
+    """Serves on for `drain_s` after the first SIGTERM or SIGINT, then finishes what is in hand and exits with 0.
+
+    `on_drain` is called at the first signal: from then on health answers 503, so that the balancer takes the
+    server out of rotation while it still serves what arrives. A second signal stops at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, *, drain_s: float, on_drain: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain_s = drain_s
+        self._on_drain = on_drain
+        self._stop_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
+        if not self.started:
+            os._exit(0)  # nothing is in hand yet, and a model that loads in a thread cannot be interrupted
+        if self._stop_at is not None:
+            self.should_exit = self.force_exit = True
+            return
+        log.info("signal %d: draining for %.1f s", sig, self._drain_s)
+        self._on_drain()
+        self._stop_at = time.monotonic() + self._drain_s
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._stop_at is not None and time.monotonic() >= self._stop_at:
+            self.should_exit = True
+        return await super().on_tick(counter)

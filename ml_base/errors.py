@@ -1,0 +1,55 @@
+"""Everything a caller can be told went wrong, on one screen. Dialects map each class to a status by table."""
+
+from __future__ import annotations
+
+
+class Problem(Exception):
+    """Base. The message goes to the caller: it names field, limit and value, never a text or a secret."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        limit: float | str | None = None,
+        value: float | str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.limit = limit
+        self.value = value
+        self.retry_after_s = retry_after_s
+
+
+class MalformedBody(Problem):
+    """The body is not JSON, or not UTF-8."""
+
+
+class InvalidRequest(Problem):
+    """A field is missing, of the wrong type, or outside its limits."""
+
+
+class BodyTooLarge(Problem):
+    """More bytes, or more work, than can ever fit."""
+
+
+class UnknownModel(Problem):
+    """`model_id` names no model that is served here."""
+
+
+class Overloaded(Problem):
+    """No room now; the same request may fit after `retry_after_s`."""
+
+
+class Unavailable(Problem):
+    """Nobody can compute now: loading, draining, or no replica is up."""
+
+
+class DeadlineExceeded(Problem):
+    """The caller's own time limit, or the limit of one upstream call, passed before the answer was there."""
+
+
+class InferenceFailed(Problem):
+    """The model, or the replica that runs it, broke while it computed."""

@@ -1,0 +1,221 @@
+"""The native dialect of `POST /embed`, spoken by the gateway and, uncached, by every replica: parse, shape, reply.
+
+Pure functions on bytes and arrays; no I/O. Whoever speaks it hands in the limits that are its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ml_base import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from ml_base.wire import ModelCard
+
+ROWS_PER_CHUNK = 128
+"""Vectors written as JSON in one go: 128 x 384 floats take about a millisecond, the longest the loop is held."""
+
+
+_QUOTED_CHARS = 24  # an error may quote a word, never a text
+
+
+class EmbedRequest(BaseModel):
+    """Texts to embed. `null` means absent for every optional field; unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    texts: Annotated[list[str], Field(min_length=1, description="One vector is returned for each, in this order.")]
+    normalize: Annotated[bool | None, Field(description="Unit length (default), or the model's own output.")] = None
+    model_id: Annotated[str | None, Field(description="A model of `/models`; default: the default model.")] = None
+    cache_ttl_seconds: Annotated[
+        int | None, Field(ge=0, le=10 * 365 * 86400, description="Lifetime of what this request stores; 0: nothing.")
+    ] = None
+    dimensions: Annotated[int | None, Field(ge=1, description="Keep the first n components.")] = None
+    prompt_name: Annotated[str | None, Field(description="One of the model's own prompts.")] = None
+    truncate: Annotated[bool | None, Field(description="false: refuse a text over the model's limit.")] = None
+    truncation_direction: Annotated[Literal["left", "right"] | None, Field(description="The side that is cut off.")] = (
+        None
+    )
+
+
+class EmbedReply(BaseModel):
+    """Vectors in the order of the texts."""
+
+    embeddings: list[list[float]]
+    dimension: int
+    model: str
+    processing_time_ms: float
+    cached_count: Annotated[int, Field(description="Texts answered by a cache, or by a computation under way.")]
+    edition: str
+    batch_size: int
+
+
+class ErrorReply(BaseModel):
+    """What every 4xx and 5xx of this dialect looks like."""
+
+    error: str
+    error_type: str
+    field: str | None = None
+    limit: int | float | str | None = None
+    value: int | float | str | None = None
+    request_id: str | None = None
+
+
+# (status, error_type); the types are the words text-embeddings-inference uses on this route.
+STATUS: dict[type[errors.Problem], tuple[int, str]] = {
+    errors.MalformedBody: (400, "Validation"),
+    errors.InvalidRequest: (422, "Validation"),
+    errors.BodyTooLarge: (413, "Validation"),
+    errors.UnknownModel: (404, "Validation"),
+    errors.Overloaded: (429, "Overloaded"),
+    errors.Unavailable: (503, "Unhealthy"),
+    errors.DeadlineExceeded: (504, "Timeout"),
+    errors.InferenceFailed: (500, "Backend"),
+}
+
+
+def error_body(problem: errors.Problem, request_id: str) -> tuple[int, bytes]:
+    """Status and JSON of a refusal."""
+    status, error_type = STATUS[type(problem)]
+    reply = ErrorReply(
+        error=problem.message,
+        error_type=error_type,
+        field=problem.field,
+        limit=problem.limit,
+        value=problem.value,
+        request_id=request_id,
+    )
+    return status, reply.model_dump_json(exclude_none=True).encode()
+
+
+def parse(body: bytes, *, max_texts: int, max_text_bytes: int) -> EmbedRequest:
+    """The request in `body`. Raises `MalformedBody` or `InvalidRequest`."""
+    try:
+        request = EmbedRequest.model_validate_json(body)
+    except ValidationError as invalid:
+        raise _translate(invalid) from None
+    if len(request.texts) > max_texts:
+        raise errors.InvalidRequest(
+            f"texts: at most {max_texts} texts, got {len(request.texts)}",
+            field="texts",
+            limit=max_texts,
+            value=len(request.texts),
+        )
+    for index, text in enumerate(request.texts):
+        # four bytes is the most UTF-8 takes, so short texts need no encoding to be measured
+        if len(text) * 4 > max_text_bytes and (size := len(text.encode())) > max_text_bytes:
+            raise errors.InvalidRequest(
+                f"texts[{index}]: at most {max_text_bytes} bytes, got {size}",
+                field=f"texts[{index}]",
+                limit=max_text_bytes,
+                value=size,
+            )
+    return request
+
+
+def _translate(invalid: ValidationError) -> errors.Problem:
+    first = invalid.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return errors.MalformedBody(f"body: {first['msg']}", field="body")
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])[1:] or "body"
+    limit = next(
+        (str(first["ctx"][key]) for key in ("ge", "le", "min_length", "expected") if key in first.get("ctx", {})), None
+    )
+    value = _describe(first["input"]) if first["type"] != "missing" else "nothing"
+    message = f"{field}: {first['msg'][0].lower()}{first['msg'][1:]}, got {value}"
+    return errors.InvalidRequest(message, field=field, limit=limit, value=value)
+
+
+def _describe(value: Any) -> str:
+    """A value for an error message: numbers and flags as they are, of anything longer only its kind and size."""
+    if value is None or isinstance(value, bool | int | float):
+        return orjson.dumps(value).decode()[:40] if not isinstance(value, int) else str(value)[:40].lower()
+    if isinstance(value, str):
+        return repr(value) if len(value) <= _QUOTED_CHARS else f"a string of {len(value)} characters"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return "an object"
+
+
+def check_dimensions(dimensions: int | None, card: ModelCard) -> None:
+    """Raises `InvalidRequest` if the model has fewer components than asked for."""
+    if dimensions is not None and dimensions > card.dimension:
+        raise errors.InvalidRequest(
+            f"dimensions: {card.id} has {card.dimension}, got {dimensions}",
+            field="dimensions",
+            limit=card.dimension,
+            value=dimensions,
+        )
+
+
+def check_model(model_id: str | None, served: list[str]) -> str:
+    """The id of the model that answers. Raises `UnknownModel`."""
+    if model_id is None:
+        return served[0]
+    if model_id not in served:
+        known = ", ".join(served)
+        raise errors.UnknownModel(
+            f"model_id: {model_id[:80]!r} is not served here; available: {known}",
+            field="model_id",
+            limit=known,
+            value=model_id[:80],
+        )
+    return model_id
+
+
+def refuse_truncated(index: int, tokens: int, card: ModelCard) -> errors.InvalidRequest:
+    """The refusal of a text that `truncate: false` forbids to cut."""
+    return errors.InvalidRequest(
+        f"texts[{index}]: {tokens} tokens, at most {card.max_tokens} with truncate=false",
+        field=f"texts[{index}]",
+        limit=card.max_tokens,
+        value=tokens,
+    )
+
+
+def shape(vectors: NDArray[np.float32], *, dimensions: int | None, normalize: bool) -> NDArray[np.float32]:
+    """Cut [n, d] to the first `dimensions` components, then scale rows to unit length if asked. A zero row stays zero.
+
+    Matryoshka order (arXiv:2205.13147): cutting a normalised vector shortens it, so the norm is taken last.
+    """
+    if dimensions is not None and dimensions < vectors.shape[1]:
+        vectors = vectors[:, :dimensions]
+    if normalize:
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = vectors / np.maximum(norms, np.float32(1e-12))
+    return np.ascontiguousarray(vectors, np.float32)
+
+
+def rows_as_json(vectors: NDArray[np.float32]) -> Iterator[bytes]:
+    """`[[...], ...]` in pieces of `ROWS_PER_CHUNK` rows, so that a caller may yield to the event loop in between."""
+    opening = b"["
+    for start in range(0, len(vectors), ROWS_PER_CHUNK):
+        rows = orjson.dumps(vectors[start : start + ROWS_PER_CHUNK], option=orjson.OPT_SERIALIZE_NUMPY)
+        yield opening + rows[1:-1]
+        opening = b","
+    yield b"]"
+
+
+def reply_around(
+    vectors: NDArray[np.float32], *, model: str, took_s: float, cached: int, edition: str
+) -> tuple[bytes, bytes]:
+    """What stands before and after `rows_as_json` in a reply, so that no vector passes through a dict."""
+    tail = orjson.dumps(
+        {
+            "dimension": vectors.shape[1],
+            "model": model,
+            "processing_time_ms": round(took_s * 1000, 3),
+            "cached_count": cached,
+            "edition": edition,
+            "batch_size": len(vectors),
+        }
+    )
+    return b'{"embeddings":', b"," + tail[1:]
