@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from ml_base import errors, native
 from ml_base.wire import REQUEST_ID_HEADER
@@ -19,16 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
     from types import FrameType
 
+    from fastapi import FastAPI
+    from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
 _PLAIN_ID = re.compile(rb"[\x21-\x7e]+")  # what may be logged and sent back without escaping
-
-
-class ClientGoneError(Exception):
-    """The caller hung up before there was an answer."""
 
 
 def header(scope: Scope, name: str) -> str | None:
@@ -41,7 +41,7 @@ def header(scope: Scope, name: str) -> str | None:
 
 
 async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int) -> bytes:
-    """The whole body. Raises `BodyTooLarge` as soon as that is known, `ClientGoneError` if the caller hangs up."""
+    """The whole body. Raises `BodyTooLarge` as soon as that is known, `ClientGone` if the caller hangs up."""
     declared = header(scope, "content-length")
     if declared is not None and declared.isdigit() and int(declared) > limit_bytes:
         raise _too_large(int(declared), limit_bytes)
@@ -50,7 +50,7 @@ async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int) -> byte
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise ClientGoneError
+            raise errors.ClientGone
         part: bytes = message.get("body", b"")
         size += len(part)
         if size > limit_bytes:
@@ -109,7 +109,7 @@ def guarded(endpoint: Callable[[Scope, Receive, Send], Awaitable[None]]) -> ASGI
             await endpoint(scope, receive, send)
         except errors.Problem as problem:
             await send_problem(send, problem, request_id)
-        except ClientGoneError:
+        except errors.ClientGone:
             log.info("request_id=%s the caller hung up", request_id)
         except Exception:
             log.exception("request_id=%s failed", request_id)
@@ -133,8 +133,38 @@ class AsgiRoute(APIRoute):
             await super().handle(scope, receive, send)  # 405
 
 
+def answer_unknown_routes(app: FastAPI) -> None:
+    """Refusals by the router itself (404, 405) in the same JSON shape as all others."""
+
+    async def refuse(request: Request, refusal: HTTPException) -> Response:
+        allowed = (refusal.headers or {}).get("allow") or (refusal.headers or {}).get("Allow")
+        if allowed is not None:
+            reply = native.ErrorReply(
+                error=f"method: {request.url.path} takes {allowed}, got {request.method}",
+                error_type="Validation",
+                field="method",
+                limit=allowed,
+                value=request.method,
+            )
+        else:
+            reply = native.ErrorReply(
+                error=f"path: {request.url.path[:200]} is not served here; see /docs",
+                error_type="Validation",
+                field="path",
+                value=request.url.path[:200],
+            )
+        reply.request_id = request.scope["state"]["request_id"]
+        return Response(
+            reply.model_dump_json(exclude_none=True), refusal.status_code, refusal.headers, "application/json"
+        )
+
+    app.add_exception_handler(HTTPException, refuse)  # type: ignore[arg-type]  # Starlette types handlers by Exception
+
+
 class Edge:
-    """Outermost ASGI layer: gives each request an id, puts it on the reply, reports the outcome to `observe`.
+    """Outermost ASGI layer: gives each request an id, puts it on the reply.
+
+    `observe(scope, status, seconds)` is called once a request, when its reply is out or its caller has gone.
 
     While `draining()` is true every reply closes its connection, so that a balancer opens the next one elsewhere.
     """
@@ -143,7 +173,7 @@ class Edge:
         self,
         app: ASGIApp,
         *,
-        observe: Callable[[Scope, int], None],
+        observe: Callable[[Scope, int, float], None],
         draining: Callable[[], bool],
     ) -> None:
         self._app = app
@@ -156,6 +186,7 @@ class Edge:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id.decode()
+        started = time.perf_counter()
         status = 499  # what the log of a proxy calls a caller that hung up before the reply
 
         async def send_with_id(message: Message) -> None:
@@ -171,7 +202,7 @@ class Edge:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            self._observe(scope, status)
+            self._observe(scope, status, time.perf_counter() - started)
 
 
 def _request_id(scope: Scope) -> bytes:

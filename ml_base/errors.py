@@ -53,3 +53,7 @@ class DeadlineExceeded(Problem):
 
 class InferenceFailed(Problem):
     """The model, or the replica that runs it, broke while it computed."""
+
+
+class ClientGone(Exception):
+    """The caller hung up before there was an answer: there is nobody to tell."""

@@ -1,0 +1,59 @@
+"""What a dialect hands to the embedder, and what it gets back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from embedding_service.metrics import CACHED, Outcome
+from embedding_service.singleflight import NEVER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+
+    from numpy.typing import NDArray
+
+    from embedding_service.entry import Entry
+    from ml_base.wire import Lane, ModelCard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What one request wants. `deadline` is on the monotonic clock; `bypass` neither reads nor joins, but stores."""
+
+    texts: Sequence[str]
+    lane: Lane
+    request_id: str
+    model_id: str | None = None
+    prompt_name: str | None = None
+    direction: str = "right"
+    deadline: float = NEVER
+    ttl_s: float | None = None
+    bypass: bool = False
+    caller_gone: Callable[[], Coroutine[None, None, None]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One entry and one outcome for each text, in the order of the texts."""
+
+    card: ModelCard
+    entries: Sequence[Entry]
+    outcomes: Sequence[Outcome]
+
+    def vectors(self) -> NDArray[np.float32]:
+        """The model's own vectors, float32 [texts, dimension]."""
+        joined = b"".join([entry.vector for entry in self.entries])
+        return np.frombuffer(joined, "<f4").reshape(len(self.entries), self.card.dimension)
+
+    def tokens(self) -> int:
+        """Tokens the model read, over all texts; the same for a cached text as for a computed one."""
+        return sum(min(entry.tokens, self.card.max_tokens) for entry in self.entries)
+
+    def truncated_count(self) -> int:
+        return sum(entry.truncated for entry in self.entries)
+
+    def cached_count(self) -> int:
+        return sum(outcome in CACHED for outcome in self.outcomes)

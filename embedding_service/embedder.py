@@ -1,0 +1,167 @@
+"""The path of a text: key -> L1 -> flights -> fill (L2 -> upstream). Start at `Embedder.embed`.
+
+Look-up and claim are one synchronous block. The reply is put together from the values in hand, by key, never from a
+second look-up, so what a merge can get wrong (another text's vector with status 200) cannot happen here.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from embedding_service.ask import Answer, Ask
+from embedding_service.errors import ClientGone, DeadlineExceeded, StartOver
+from embedding_service.fill import Landed
+from embedding_service.metrics import Outcome
+from embedding_service.singleflight import Ended, Flight, Ticket
+from embedding_service.upstream import Miss
+from ml_base.wire import TIMEOUT_HEADER, Lane
+
+if TYPE_CHECKING:
+    from embedding_service.admission import Admission
+    from embedding_service.catalog import Catalog
+    from embedding_service.entry import Entry, KeySpace
+    from embedding_service.fill import Fill, TextFlight, Upstream
+    from embedding_service.lru import LRU
+    from embedding_service.metrics import Metrics
+    from embedding_service.singleflight import Flights
+    from ml_base.wire import ModelCard
+
+log = logging.getLogger(__name__)
+
+CHARS_PER_TOKEN = 6  # generous: a model that truncates at n tokens reads no more of a text than this times n
+
+
+class Embedder:
+    """Answers requests from L1, from flights under way, from L2, or by claiming what is missing."""
+
+    def __init__(
+        self,
+        *,
+        l1: LRU[Entry],
+        flights: Flights[Miss, Landed],
+        fill: Fill,
+        entry_ttl_s: float,
+        admission: Admission,
+        upstream: Upstream,
+        catalog: Catalog,
+        metrics: Metrics,
+    ) -> None:
+        self._l1 = l1
+        self._flights = flights
+        self._fill = fill
+        self._entry_ttl_s = entry_ttl_s
+        self._admission = admission
+        self._upstream = upstream
+        self._catalog = catalog
+        self._metrics = metrics
+
+    def __repr__(self) -> str:
+        return f"<Embedder {self._l1!r}, {len(self._flights)} flights, {self._fill!r}>"
+
+    async def embed(self, ask: Ask) -> Answer:
+        """Vectors for all texts of `ask`, under one fingerprint. Raises `Problem`; never answers in part."""
+        in_hand: dict[bytes, Landed] = {}
+        try:
+            try:
+                return await self._attempt(ask, in_hand)
+            except StartOver as first:
+                self._metrics.start_overs.inc()
+                log.info("request_id=%s starts over: %s", ask.request_id, first)
+            try:
+                return await self._attempt(ask, in_hand)
+            except StartOver as second:
+                raise second.problem from None
+        except BaseException:
+            self._metrics.count_failed(len(ask.texts))
+            raise
+
+    async def _attempt(self, ask: Ask, in_hand: dict[bytes, Landed]) -> Answer:
+        card = self._catalog.card(ask.model_id)
+        space = self._catalog.space(card, ask.prompt_name, ask.direction)
+        keys = [space.key(text) for text in ask.texts]
+        joined, missing = self._look_up(ask, card, space, keys, in_hand)
+        if joined or missing:
+            await self._wait(ask, *self._take_off(ask, joined, missing), in_hand)
+        return self._answer(card, keys, in_hand)
+
+    # --- synchronous from here to the claim: nothing can come between looking and claiming ---
+
+    def _look_up(
+        self, ask: Ask, card: ModelCard, space: KeySpace, keys: list[bytes], in_hand: dict[bytes, Landed]
+    ) -> tuple[dict[bytes, TextFlight], dict[bytes, Miss]]:
+        """Sorts each distinct key: into `in_hand`, in the air (to be joined), or missing (to be claimed)."""
+        joined: dict[bytes, TextFlight] = {}
+        missing: dict[bytes, Miss] = {}
+        for key, text in zip(keys, ask.texts, strict=True):
+            if key in in_hand or key in missing:
+                continue
+            if not ask.bypass:
+                if (entry := self._l1.get(key)) is not None:
+                    in_hand[key] = Landed(entry, Outcome.L1)
+                    continue
+                if (flight := self._flights.find(key)) is not None:
+                    joined[key] = flight
+                    continue
+            work_bytes = min(len(text), card.max_tokens * CHARS_PER_TOKEN) + 1
+            missing[key] = Miss(text, space, work_bytes, ask.lane, ask.request_id, self._fill.epoch)
+        return joined, missing
+
+    def _take_off(
+        self, ask: Ask, joined: dict[bytes, TextFlight], missing: dict[bytes, Miss]
+    ) -> tuple[Ticket, dict[bytes, TextFlight], dict[bytes, TextFlight]]:
+        """Joins and claims. Room is reserved before the first flight is touched: a refused request leaves no trace."""
+        if missing:
+            self._admission.reserve(ask.lane, sum(miss.work_bytes for miss in missing.values()))
+        ticket = Ticket(len(joined) + len(missing))
+        ttl_s = self._entry_ttl_s if ask.ttl_s is None else ask.ttl_s
+        for flight in joined.values():
+            self._flights.join(flight, ticket, deadline=ask.deadline, ttl_s=ttl_s)
+            if ask.lane is Lane.INTERACTIVE:
+                self._upstream.promote(flight)
+        enter = self._flights.fly_alone if ask.bypass else self._flights.claim
+        claimed: dict[bytes, TextFlight] = {}
+        for key, miss in missing.items():
+            claimed[key] = Flight(key, miss, lane=ask.lane, deadline=ask.deadline, ttl_s=ttl_s)
+            enter(claimed[key], ticket)
+        if claimed:
+            self._fill.start(list(claimed.values()), read=not ask.bypass)
+        return ticket, joined, claimed
+
+    async def _wait(
+        self,
+        ask: Ask,
+        ticket: Ticket,
+        joined: dict[bytes, TextFlight],
+        claimed: dict[bytes, TextFlight],
+        in_hand: dict[bytes, Landed],
+    ) -> None:
+        """Until all flights have landed; what did is in hand even if others failed. Raises their problem."""
+        flights = joined | claimed
+        try:
+            ended = await ticket.wait(deadline=ask.deadline, gone=ask.caller_gone)
+        finally:
+            self._flights.leave(flights.values(), ticket)
+            for key, flight in flights.items():
+                if flight.value is not None:
+                    in_hand[key] = Landed(flight.value.entry, Outcome.JOINED) if key in joined else flight.value
+        if ended is Ended.GONE:
+            raise ClientGone
+        if ended is Ended.LATE:
+            raise DeadlineExceeded(f"{TIMEOUT_HEADER}: the time allowed for this request is over", field=TIMEOUT_HEADER)
+        failures = [flight.error for flight in flights.values() if flight.error is not None]
+        if failures:  # a start over only if nothing worse happened, since it would meet that again
+            raise min(failures, key=lambda failure: isinstance(failure, StartOver)).with_traceback(None)
+
+    def _answer(self, card: ModelCard, keys: list[bytes], in_hand: dict[bytes, Landed]) -> Answer:
+        landed = [in_hand[key] for key in keys]
+        outcomes = [one.outcome for one in landed]
+        if len(set(keys)) < len(keys):  # a text sent twice is computed once: the second joined the first
+            seen: set[bytes] = set()
+            for place, key in enumerate(keys):
+                if key in seen and outcomes[place] is Outcome.UPSTREAM:
+                    outcomes[place] = Outcome.JOINED
+                seen.add(key)
+        answer = Answer(card, [one.entry for one in landed], outcomes)
+        self._metrics.count_answer(outcomes, answer.tokens(), answer.truncated_count())
+        return answer

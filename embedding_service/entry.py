@@ -1,0 +1,102 @@
+"""What is cached: one model vector with its header, and the key it is found under. Pure; standard library only.
+
+An entry as stored (little-endian, 24 bytes of header, then the vector):
+
+    magic "EV" | version u8 | flags u8 (bit 0: truncated) | dimension u32 | tokens u32 | crc u32 | expires_at f64
+    vector float32[dimension]: the model's own output at full dimension
+
+`tokens` counts the text before truncation. `expires_at` is in seconds of the Unix clock. `crc` is CRC-32 (ISO 3309,
+as in zlib) over the key, the header with a crc of 0, and the vector: bytes that were flipped, cut, or stored under
+another text's key fail it, and whatever fails is a miss. Requests' `normalize`, `dimensions`, `truncate` and
+encoding are applied on reading, so that one entry serves every variant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from dataclasses import dataclass
+
+_HEADER = struct.Struct("<2sBBIIId")
+_MAGIC = b"EV"
+_VERSION = 1
+_TRUNCATED = 1
+_FLOAT_BYTES = 4
+
+KEY_BYTES = 32
+_OVERHEAD_BYTES = 450  # key, Entry, ints, floats and the LRU's link to them; measured by scripts/bench
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One text's vector (float32, little-endian, as bytes) and what a reply must tell of it."""
+
+    vector: bytes
+    tokens: int
+    truncated: bool
+    expires_at: float
+
+    @property
+    def dimension(self) -> int:
+        return len(self.vector) // _FLOAT_BYTES
+
+    def size_bytes(self) -> int:
+        """Memory held for it: the vector, and the objects around it and its key."""
+        return len(self.vector) + _OVERHEAD_BYTES
+
+
+def pack(key: bytes, entry: Entry) -> bytes:
+    """`entry` as it is stored under `key`."""
+    flags = _TRUNCATED if entry.truncated else 0
+    return _header(key, flags, entry.tokens, entry.expires_at, entry.vector) + entry.vector
+
+
+def unpack(key: bytes, stored: bytes, *, now: float) -> Entry | None:
+    """The entry in `stored`, or None if it is expired, foreign, of another version, or damaged in any bit."""
+    if len(stored) < _HEADER.size:
+        return None
+    magic, version, flags, _, tokens, _, expires_at = _HEADER.unpack_from(stored)
+    if magic != _MAGIC or version != _VERSION or expires_at <= now:
+        return None
+    vector = stored[_HEADER.size :]
+    if _header(key, flags, tokens, expires_at, vector) != stored[: _HEADER.size]:
+        return None
+    return Entry(vector, tokens, bool(flags & _TRUNCATED), expires_at)
+
+
+def _header(key: bytes, flags: int, tokens: int, expires_at: float, vector: bytes) -> bytes:
+    dimension, rest = divmod(len(vector), _FLOAT_BYTES)
+    if rest:
+        return b""  # no header fits a vector of broken floats
+    unsigned = _HEADER.pack(_MAGIC, _VERSION, flags, dimension, tokens, 0, expires_at)
+    crc = zlib.crc32(vector, zlib.crc32(unsigned, zlib.crc32(key)))
+    return _HEADER.pack(_MAGIC, _VERSION, flags, dimension, tokens, crc, expires_at)
+
+
+class KeySpace:
+    """Keys of all texts under one fingerprint, prompt and truncation side.
+
+    The key is the full 256-bit BLAKE2b digest (RFC 7693) of all that decides a vector. Each part but the last is
+    preceded by its length, so no two different requests feed the hash the same bytes.
+    """
+
+    __slots__ = ("_prefix", "direction", "fingerprint", "model_id", "prompt_name")
+
+    def __init__(
+        self, *, model_id: str, fingerprint: str, prompt_name: str | None, prompt: str, direction: str
+    ) -> None:
+        self.model_id = model_id
+        self.fingerprint = fingerprint
+        self.prompt_name = prompt_name
+        self.direction = direction
+        self._prefix = hashlib.blake2b(digest_size=KEY_BYTES)
+        for part in (fingerprint, prompt, direction):
+            raw = part.encode()
+            self._prefix.update(len(raw).to_bytes(8, "little") + raw)
+
+    def key(self, text: str) -> bytes:
+        """`KEY_BYTES` bytes; equal for equal texts only."""
+        digest = self._prefix.copy()
+        digest.update(text.encode())
+        return digest.digest()

@@ -1,0 +1,41 @@
+"""What can go wrong inside the gateway, beside the problems both ends share (`ml_base.errors`)."""
+
+from __future__ import annotations
+
+from ml_base.errors import (
+    BodyTooLarge,
+    ClientGone,
+    DeadlineExceeded,
+    InferenceFailed,
+    InvalidRequest,
+    MalformedBody,
+    Overloaded,
+    Problem,
+    Unavailable,
+    UnknownModel,
+)
+
+__all__ = [
+    "BodyTooLarge",
+    "ClientGone",
+    "DeadlineExceeded",
+    "InferenceFailed",
+    "InvalidRequest",
+    "MalformedBody",
+    "Overloaded",
+    "Problem",
+    "StartOver",
+    "Unavailable",
+    "UnknownModel",
+]
+
+
+class StartOver(Exception):
+    """A flight ended for a reason that is not its waiters' own: each may look up and claim once more.
+
+    `problem` is what a waiter tells its caller if it happens to it twice.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem

@@ -1,0 +1,277 @@
+"""L2: entries shared by all gateways through Redis. It fails soft: whatever goes wrong here is a miss, and a metric.
+
+Keys: `embedding:v1:entry:<epoch>:<digest>` for entries, `embedding:v1:epoch` for the clear counter,
+`embedding:v1:card:<model>` for the last model card. The epoch is part of an entry's name, so a write that was under
+way when somebody cleared lands where nobody looks. It is a time in ns that only grows; every look-up reads it along,
+so that a clear by another gateway is seen there and then, and the heartbeat sees it within a second when idle.
+
+Breaker: a connection error, or three failures in a row, takes Redis out of use; the heartbeat alone takes it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from typing import TYPE_CHECKING, cast
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+
+from embedding_service.entry import Entry, pack, unpack
+from ml_base.wire import ModelCard, WireError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from typing import Self, TypeVar
+
+    from embedding_service.metrics import Metrics
+
+    T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+PREFIX = b"embedding:v1:"
+EPOCH_KEY = PREFIX + b"epoch"
+
+MAX_CONNECTIONS = 16  # look-ups of as many requests at once; more would only queue inside Redis, which has one thread
+MAX_QUEUED_WRITES = 8192  # entries; 13 MB at 384 dimensions, a minute of what three replicas compute
+WRITES_PER_PIPELINE = 128
+HEARTBEAT_S = 1.0
+HEARTBEAT_TIMEOUT_S = 0.5  # more patient than a look-up: nobody waits for it
+FAILURES_TO_OPEN = 3
+FLUSH_S = 1.0  # at shutdown, for writes still queued
+
+_FAILURES = (RedisError, OSError, TimeoutError)
+
+
+class RedisCache:
+    """The shared tier. As a context manager it owns its connections, the heartbeat and the writer.
+
+    No method raises, and none waits longer than `timeout_s` but `clear`, which takes as long as the scan does.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        password: str | None,
+        timeout_s: float,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.enabled = True
+        self.connected = False
+        self.on_epoch: Callable[[int], object] = int  # replaced by whoever holds L1
+        self._address = f"{host}:{port}"
+        self._timeout_s = timeout_s
+        self._metrics = metrics
+        self._clock = clock
+        self._epoch = 0
+        self._failures = 0
+        self._writes: deque[tuple[int, bytes, Entry]] = deque()
+        self._writes_waiting = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._redis = Redis.from_pool(
+            BlockingConnectionPool(
+                host=host,
+                port=port,
+                password=password,
+                max_connections=MAX_CONNECTIONS,
+                timeout=None,  # the limit of the whole call covers the wait for a connection
+                socket_timeout=HEARTBEAT_TIMEOUT_S,
+                socket_connect_timeout=HEARTBEAT_TIMEOUT_S,
+                # once more on a pooled connection that has gone stale; the library's default is ten tries with backoff
+                retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+            )
+        )
+
+    def __repr__(self) -> str:
+        return f"<RedisCache {self._address} connected={self.connected} queued_writes={len(self._writes)}>"
+
+    async def __aenter__(self) -> Self:
+        await self._beat()  # a gateway that starts beside a running Redis uses it from its first request on
+        self._tasks = [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._writer())]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_S):
+                while self._writes and self.connected:
+                    await self._write_some()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._redis.aclose()
+
+    async def get_many(self, epoch: int, keys: Sequence[bytes]) -> dict[bytes, Entry]:
+        """The valid entries among `keys`; fewer, down to none, when Redis is slow, away or has been cleared."""
+        if not self.connected or not keys:
+            return {}
+        names = [EPOCH_KEY, *(_entry_name(epoch, key) for key in keys)]
+        replies = await self._mget(names, "get", self._timeout_s)
+        if replies is None or self._see_epoch(replies[0]) > epoch:
+            return {}
+        now = self._clock()
+        found: dict[bytes, Entry] = {}
+        for key, stored in zip(keys, replies[1:], strict=True):
+            if stored is None:
+                continue
+            entry = unpack(key, stored, now=now)
+            if entry is None:
+                self._metrics.l2_rejected.inc()
+            else:
+                found[key] = entry
+        return found
+
+    def put_soon(self, epoch: int, entries: Iterable[tuple[bytes, Entry]]) -> None:
+        """Queues entries to be written; what finds no room, or no Redis, is dropped and counted."""
+        for key, entry in entries:
+            if not self.connected or len(self._writes) >= MAX_QUEUED_WRITES:
+                self._metrics.l2_dropped.inc()
+            else:
+                self._writes.append((epoch, key, entry))
+        self._writes_waiting.set()
+
+    async def clear(self, epoch: int) -> int | None:
+        """Makes `epoch` the current one and unlinks all entries; how many, or None if Redis is away.
+
+        Away, the epoch is raised by the next heartbeat that finds Redis, which has the same effect for readers.
+        """
+        self._epoch = max(self._epoch, epoch)
+        if not self.connected:
+            return None
+        try:
+            await self._write_epoch()
+            removed = 0
+            batch: list[bytes] = []
+            async for name in self._redis.scan_iter(match=PREFIX + b"entry:*", count=1000):
+                batch.append(name)
+                if len(batch) >= 1000:  # noqa: PLR2004 - as many as one SCAN step names
+                    removed += await self._redis.unlink(*batch)
+                    batch.clear()
+            return removed + (await self._redis.unlink(*batch) if batch else 0)
+        except _FAILURES as failure:
+            self._failed("set", failure)
+            return None
+
+    async def remember(self, card: ModelCard) -> None:
+        """Keeps the card, so that a gateway started while no replica is up can serve what is cached."""
+        await self._guard("set", lambda: self._redis.set(PREFIX + b"card:default", card.to_json()), self._timeout_s)
+
+    async def recall(self) -> ModelCard | None:
+        """The card kept last, if Redis is there and has one."""
+        raw = await self._guard("get", lambda: self._redis.get(PREFIX + b"card:default"), self._timeout_s)
+        if raw is None:
+            return None
+        try:
+            return ModelCard.from_json(raw)
+        except WireError as broken:
+            log.warning("the model card in Redis is unusable: %s", broken)
+            return None
+
+    async def _mget(self, names: list[bytes], operation: str, limit_s: float) -> list[bytes | None] | None:
+        # the library types replies as text or bytes; they are bytes unless decoding is asked for
+        return cast("list[bytes | None] | None", await self._guard(operation, lambda: self._redis.mget(names), limit_s))
+
+    async def _guard(self, operation: str, call: Callable[[], Awaitable[T]], limit_s: float) -> T | None:
+        if not self.connected and operation != "ping":
+            return None
+        try:
+            async with asyncio.timeout(limit_s):
+                reply = await call()
+        except _FAILURES as failure:
+            self._failed(operation, failure)
+            return None
+        self._failures = 0
+        return reply
+
+    def _failed(self, operation: str, failure: Exception) -> None:
+        self._metrics.l2_errors.labels(operation).inc()
+        self._failures += 1
+        gone = isinstance(failure, RedisConnectionError | OSError) and not isinstance(failure, TimeoutError)
+        if self.connected and (gone or operation == "ping" or self._failures >= FAILURES_TO_OPEN):
+            self.connected = False
+            self._metrics.l2_dropped.inc(len(self._writes))
+            self._writes.clear()
+            log.warning("Redis at %s is out of use (%s): %s", self._address, operation, _reason(failure))
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            await self._beat()
+
+    async def _beat(self) -> None:
+        raw = await self._mget([EPOCH_KEY], "ping", HEARTBEAT_TIMEOUT_S)
+        if raw is None:
+            return
+        # Behind ours if it was cleared while away, or lost its memory: names of the old epoch must stay unreachable.
+        behind = self._see_epoch(raw[0]) < self._epoch
+        if behind and not await self._guard("ping", self._write_epoch, HEARTBEAT_TIMEOUT_S):
+            return
+        if not self.connected:
+            self.connected = True
+            log.info("Redis at %s is in use", self._address)
+
+    async def _write_epoch(self) -> bool:
+        return bool(await self._redis.set(EPOCH_KEY, self._epoch))
+
+    def _see_epoch(self, raw: bytes | None) -> int:
+        """The epoch in Redis; one above ours is made ours, which empties L1."""
+        try:
+            seen = int(raw or 0)
+        except ValueError:
+            seen = 0  # foreign bytes: ours is written over them by the heartbeat
+        if seen > self._epoch:
+            self._epoch = seen
+            self.on_epoch(seen)
+        return seen
+
+    async def _writer(self) -> None:
+        while True:
+            await self._writes_waiting.wait()
+            self._writes_waiting.clear()
+            while self._writes:
+                await self._write_some()
+
+    async def _write_some(self) -> None:
+        taken = [self._writes.popleft() for _ in range(min(WRITES_PER_PIPELINE, len(self._writes)))]
+        pipeline = self._redis.pipeline(transaction=False)
+        now = self._clock()
+        for epoch, key, entry in taken:
+            lifetime_s = max(1, round(entry.expires_at - now))
+            pipeline.set(_entry_name(epoch, key), pack(key, entry), ex=lifetime_s)
+        replies = await self._guard("set", lambda: pipeline.execute(raise_on_error=False), HEARTBEAT_TIMEOUT_S)
+        refused = len(taken) if replies is None else sum(isinstance(reply, ResponseError) for reply in replies)
+        if refused:
+            self._metrics.l2_dropped.inc(refused)
+            if replies is not None:  # out of memory, or a read-only replica: said by Redis, not by the network
+                self._metrics.l2_errors.labels("set").inc()
+
+
+class NoCache(RedisCache):
+    """What stands in for L2 where `REDIS_ENABLED` is false: opens no connection, so nothing is ever found or kept."""
+
+    def __init__(self, *, metrics: Metrics) -> None:
+        super().__init__(host="nowhere", port=0, password=None, timeout_s=1, metrics=metrics)
+        self.enabled = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    def put_soon(self, epoch: int, entries: Iterable[tuple[bytes, Entry]]) -> None:
+        """Drops them uncounted: nobody expects them anywhere."""
+
+
+def _entry_name(epoch: int, key: bytes) -> bytes:
+    return b"%sentry:%d:%s" % (PREFIX, epoch, key.hex().encode())
+
+
+def _reason(failure: Exception) -> str:
+    return str(failure) or type(failure).__name__

@@ -1,0 +1,83 @@
+"""The parts of one running gateway, and what they say together about its health."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ml_base.wire import Lane
+
+if TYPE_CHECKING:
+    from starlette.types import Scope
+
+    from embedding_service.admission import Admission
+    from embedding_service.catalog import Catalog
+    from embedding_service.config import Settings
+    from embedding_service.embedder import Embedder
+    from embedding_service.entry import Entry
+    from embedding_service.fill import Fill, Landed
+    from embedding_service.lru import LRU
+    from embedding_service.metrics import Metrics
+    from embedding_service.redis_cache import RedisCache
+    from embedding_service.singleflight import Flights
+    from embedding_service.upstream import Balancer, Miss, Upstream
+
+
+@dataclass
+class Service:
+    """What the routes need. `draining` is set at the first SIGTERM."""
+
+    settings: Settings
+    metrics: Metrics
+    l1: LRU[Entry]
+    flights: Flights[Miss, Landed]
+    store: RedisCache
+    admission: Admission
+    balancer: Balancer
+    upstream: Upstream
+    catalog: Catalog
+    fill: Fill
+    embedder: Embedder
+    draining: bool = False
+
+    def __post_init__(self) -> None:
+        """Shows figures that their owners already keep."""
+        l1, gauge = self.l1, self.metrics.gauge
+        gauge("l1_entries", "Vectors in L1.", lambda: len(l1))
+        gauge("l1_bytes", "Bytes of the vectors in L1.", lambda: l1.bytes)
+        gauge("l1_evictions", "Vectors pushed out of L1 by newer ones.", lambda: l1.evictions)
+        gauge("l1_expired", "Vectors found in L1 past their time.", lambda: l1.expired)
+        gauge("l2_connected", "1 while Redis is in use.", lambda: self.store.connected)
+        gauge("replicas_reachable", "1 while a replica answers.", lambda: self.catalog.reachable)
+        gauge("flights", "Texts on their way from L2 or a replica.", lambda: len(self.flights))
+        for lane in Lane:
+            gauge(
+                f"pending_{lane}_bytes",
+                f"Text admitted to the {lane} lane and not yet computed.",
+                partial(self.admission.pending_bytes, lane),
+            )
+
+    def drain(self) -> None:
+        self.draining = True
+
+    def observe(self, scope: Scope, status: int, duration_s: float) -> None:
+        """One request is over."""
+        path = scope["path"]
+        if path == "/embed":
+            self.metrics.requests += 1
+        self.metrics.observe_reply(path, status, duration_s)
+
+    def unready(self) -> list[str]:
+        """Why nothing, not even what is cached, should be asked of this gateway; empty if it may."""
+        reasons = ["draining: the process is stopping"] if self.draining else []
+        if self.catalog.current is None:
+            reasons.append("no model is known: no replica has answered, and none is remembered in Redis")
+        return reasons
+
+    def unhealthy(self) -> list[str]:
+        """Why a text that is not cached would not be answered; empty if it would."""
+        reasons = self.unready()
+        if not self.catalog.reachable:
+            reasons.append(f"no replica answers at {self.settings.ml_base_url}")
+        return reasons
