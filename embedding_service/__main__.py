@@ -7,7 +7,7 @@ import sys
 
 import uvicorn
 
-from embedding_service.app import create_app
+from embedding_service.app import build_service, create_app
 from embedding_service.config import Settings, SettingsError, from_environment
 from ml_base.asgi import DrainingServer
 
@@ -26,9 +26,9 @@ def main() -> None:
 
 def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
-    app, service = create_app(settings)
+    service = build_service(settings)
     config = uvicorn.Config(
-        app,
+        create_app(service),
         host=settings.host,
         port=settings.port,
         loop="uvloop",

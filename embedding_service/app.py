@@ -74,9 +74,9 @@ def build_service(settings: Settings) -> Service:
     return Service(settings, metrics, l1, flights, store, admission, balancer, upstream, catalog, fill, embedder)
 
 
-def create_app(settings: Settings) -> tuple[asgi.Edge, Service]:
-    """The ASGI application, and the service behind it. Its lifespan opens and closes the service."""
-    service = build_service(settings)
+def create_app(service: Service) -> asgi.Edge:
+    """The ASGI application over `service`, which its lifespan opens and closes."""
+    settings = service.settings
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -107,7 +107,7 @@ def create_app(settings: Settings) -> tuple[asgi.Edge, Service]:
     app.router.routes.insert(0, dialect.route())
     app.include_router(ops.router(service))
     asgi.answer_unknown_routes(app)
-    return asgi.Edge(app, observe=service.observe, draining=lambda: service.draining), service
+    return asgi.Edge(app, observe=service.observe, draining=lambda: service.draining)
 
 
 def _store(settings: Settings, metrics: Metrics) -> RedisCache:

@@ -7,6 +7,7 @@ second look-up, so what a merge can get wrong (another text's vector with status
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from embedding_service.ask import Answer, Ask
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LEAST_TIME_S = 0.005  # less is not worth a second look; also more than a timer of the loop may fire early
 CHARS_PER_TOKEN = 6  # generous: a model that truncates at n tokens reads no more of a text than this times n
 
 
@@ -66,6 +68,9 @@ class Embedder:
             try:
                 return await self._attempt(ask, in_hand)
             except StartOver as first:
+                # Whose own time is over must not claim again: that flight would end at once, under those who join it.
+                if ask.deadline - time.monotonic() < LEAST_TIME_S:
+                    raise first.problem from None
                 self._metrics.start_overs.inc()
                 log.info("request_id=%s starts over: %s", ask.request_id, first)
             try:

@@ -14,7 +14,8 @@ from prometheus_client.exposition import generate_latest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-disable_created_metrics()  # a second series for every first, which nobody here reads
+# A second series for every first, which nobody here reads.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # this function lacks annotations in the library
 
 VERSION = version("embedding-service")
 

@@ -11,7 +11,6 @@ Breaker: a connection error, or three failures in a row, takes Redis out of use;
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
@@ -77,6 +76,7 @@ class RedisCache:
         self._failures = 0
         self._writes: deque[tuple[int, bytes, Entry]] = deque()
         self._writes_waiting = asyncio.Event()
+        self._closing = False
         self._tasks: list[asyncio.Task[None]] = []
         self._redis = Redis.from_pool(
             BlockingConnectionPool(
@@ -101,10 +101,9 @@ class RedisCache:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FLUSH_S):
-                while self._writes and self.connected:
-                    await self._write_some()
+        self._closing = True
+        self._writes_waiting.set()
+        await asyncio.wait(self._tasks[1:], timeout=FLUSH_S)  # the writer ends when it has nothing left to write
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -234,7 +233,7 @@ class RedisCache:
         return seen
 
     async def _writer(self) -> None:
-        while True:
+        while self._writes or not self._closing:
             await self._writes_waiting.wait()
             self._writes_waiting.clear()
             while self._writes:
@@ -264,6 +263,9 @@ class NoCache(RedisCache):
 
     async def __aenter__(self) -> Self:
         return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return
 
     def put_soon(self, epoch: int, entries: Iterable[tuple[bytes, Entry]]) -> None:
         """Drops them uncounted: nobody expects them anywhere."""

@@ -37,7 +37,7 @@ OTHER_CARD = ModelCard("model", "print-2", DIMENSION, 16, prompts={"query": "que
 
 def model(text: str, card: ModelCard, prompt: str = "", direction: str = "right") -> NDArray[np.float32]:
     """A model small enough to know by heart: every text, prompt, side and fingerprint has a vector of its own."""
-    digest = hashlib.blake2b("\0".join((text, card.fingerprint, prompt, direction)).encode(), digest_size=DIMENSION)
+    digest = hashlib.blake2b(f"{text}\x00{card.fingerprint}\x00{prompt}\x00{direction}".encode(), digest_size=DIMENSION)
     return np.frombuffer(digest.digest(), np.uint8).astype(np.float32)
 
 
@@ -181,9 +181,7 @@ class Gateway:
             admission=self.admission,
             metrics=self.metrics,
         )
-        self.catalog = Catalog(
-            fetch=self.upstream.fetch_card, recall=self.store.recall, remember=self.store.remember
-        )
+        self.catalog = Catalog(fetch=self.upstream.fetch_card, recall=self.store.recall, remember=self.store.remember)
         self.flights = Flights[Miss, Landed](
             on_settled=lambda flight: self.admission.release(flight.payload.lane, flight.payload.work_bytes)
         )

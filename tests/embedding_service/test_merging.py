@@ -6,23 +6,23 @@ import asyncio
 from typing import Any
 
 import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from embedding_service.ask import Answer, Ask
 from embedding_service.entry import KeySpace, unpack
 from embedding_service.errors import Problem
 from embedding_service.metrics import Outcome
 from embedding_service.singleflight import State
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from ml_base.wire import Lane
-
 from tests.fakes import CARD, OTHER_CARD, Gateway, model, settle, token_count
 
 TEXTS = [f"text {n}" + " long" * (n % 3) * 8 for n in range(8)]
 RIGHT = {
-    KeySpace(
-        model_id=card.id, fingerprint=card.fingerprint, prompt_name=None, prompt=prompt, direction=direction
-    ).key(text): model(text, card, prompt, direction).tobytes()
+    KeySpace(model_id=card.id, fingerprint=card.fingerprint, prompt_name=None, prompt=prompt, direction=direction).key(
+        text
+    ): model(text, card, prompt, direction).tobytes()
     for card in (CARD, OTHER_CARD)
     for prompt in ("", "query: ")
     for direction in ("left", "right")

@@ -1,0 +1,203 @@
+"""Pieces, lanes, repetition: the real queueing over a balancer that answers when the test says so."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from embedding_service.ask import Answer, Ask
+from embedding_service.errors import (
+    DeadlineExceeded,
+    InferenceFailed,
+    InvalidRequest,
+    Overloaded,
+    Problem,
+    Unavailable,
+)
+from embedding_service.upstream import RETRY_BUDGET, Balancer
+from ml_base.wire import Lane
+from tests.fakes import Gateway, settle
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+
+async def start(gateway: Gateway, *texts: str, lane: Lane = Lane.BULK, request_id: str = "r") -> asyncio.Task[Answer]:
+    task = asyncio.create_task(gateway.embedder.embed(Ask(texts=texts, lane=lane, request_id=request_id)))
+    await settle()
+    return task
+
+
+async def answer_all(gateway: Gateway) -> None:
+    while gateway.balancer.waiting:
+        for call in list(gateway.balancer.waiting):
+            call.answer()
+        await settle()
+
+
+async def test_misses_leave_at_once_while_a_call_is_free() -> None:
+    gateway = Gateway(calls=2)
+    await start(gateway, "a")
+    await start(gateway, "b")
+    assert [call.texts for call in gateway.balancer.waiting] == [["a"], ["b"]]
+    await gateway.close()
+
+
+async def test_misses_of_several_requests_leave_together_when_all_calls_were_busy() -> None:
+    gateway = Gateway(calls=1)
+    tasks = [await start(gateway, text, request_id=text) for text in "abc"]
+    assert [call.texts for call in gateway.balancer.waiting] == [["a"]]
+    gateway.balancer.waiting[0].answer()
+    await settle()
+    [call] = gateway.balancer.waiting
+    assert call.texts == ["b", "c"]
+    assert call.headers["x-request-id"] == "b,c"
+    await answer_all(gateway)
+    await asyncio.gather(*tasks)
+    await gateway.close()
+
+
+async def test_a_list_is_cut_into_pieces_of_like_work() -> None:
+    gateway = Gateway(calls=9, piece_bytes=64)
+    task = await start(gateway, "a" * 40, "b" * 40, "c" * 20, "d" * 200, "e")
+    assert [[text[0] for text in call.texts] for call in gateway.balancer.waiting] == [["a"], ["b", "c"], ["d"], ["e"]]
+    await answer_all(gateway)
+    await task
+    await gateway.close()
+
+
+async def test_a_busy_bulk_lane_does_not_hold_up_a_person() -> None:
+    gateway = Gateway(calls=1)
+    await start(gateway, "job")
+    await start(gateway, "job 2")
+    await start(gateway, "person", lane=Lane.INTERACTIVE)
+    assert [call.texts for call in gateway.balancer.waiting] == [["job"], ["person"]]
+    await gateway.close()
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        pytest.param(lambda call: call.break_off(), id="the connection breaks"),
+        pytest.param(lambda call: call.answer_json(503, error="draining"), id="503"),
+        pytest.param(lambda call: call.answer_json(502, error="gone"), id="502"),
+        pytest.param(lambda call: call.send(200, b"garbage"), id="garbage"),
+    ],
+)
+async def test_sent_work_is_repeated_once(fail: Callable[[Any], None]) -> None:
+    gateway = Gateway()
+    task = await start(gateway, "a")
+    fail(gateway.balancer.waiting[0])
+    await settle()
+    gateway.balancer.waiting[0].answer()
+    assert len((await task).entries) == 1
+    await gateway.close()
+
+
+async def test_work_is_not_repeated_twice() -> None:
+    gateway = Gateway()
+    task = await start(gateway, "a")
+    for _ in range(2):
+        gateway.balancer.waiting[0].break_off()
+        await settle()
+    with pytest.raises(Unavailable):
+        await task
+    assert len(gateway.balancer.sent) == 2
+    await gateway.close()
+
+
+async def test_an_outage_is_not_multiplied_past_the_retry_budget() -> None:
+    gateway = Gateway()
+    requests = 100
+    for number in range(requests):
+        task = await start(gateway, f"text {number}")
+        while not task.done():
+            gateway.balancer.waiting[0].break_off()
+            await settle()
+        assert isinstance(task.exception(), Unavailable)
+    assert len(gateway.balancer.sent) <= requests + RETRY_BUDGET + requests / 10
+    await gateway.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "problem"),
+    [
+        (400, InvalidRequest),
+        (404, InvalidRequest),
+        (413, InvalidRequest),
+        (422, InvalidRequest),
+        (429, Overloaded),
+        (500, InferenceFailed),
+        (504, DeadlineExceeded),
+    ],
+)
+async def test_a_replicas_refusal_is_passed_on_and_not_repeated(status: int, problem: type[Problem]) -> None:
+    gateway = Gateway()
+    task = await start(gateway, "a")
+    gateway.balancer.waiting[0].answer_json(status, error="texts[0]: no", field="texts[0]", limit=3, value=4)
+    with pytest.raises(problem, match=r"texts\[0\]: no"):
+        await task
+    assert len(gateway.balancer.sent) == 1
+    await gateway.close()
+
+
+async def test_one_call_is_bounded_in_time() -> None:
+    gateway = Gateway(upstream_timeout_s=0.01)
+    task = await start(gateway, "a")
+    with pytest.raises(DeadlineExceeded, match="no answer from a replica within"):
+        await task
+    await gateway.close()
+
+
+async def test_the_replica_is_told_how_long_it_has() -> None:
+    gateway = Gateway(upstream_timeout_s=10)
+    await start(gateway, "a")
+    assert 9_000 < int(gateway.balancer.waiting[0].headers["x-request-timeout-ms"]) <= 10_000
+    await gateway.close()
+
+
+async def answering(serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> asyncio.Server:
+    return await asyncio.start_server(serve, "127.0.0.1", 0)
+
+
+def url_of(server: asyncio.Server) -> str:
+    return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_a_refused_connection_is_tried_for_a_moment_and_then_told(unused_port: int) -> None:
+    async with Balancer(f"http://127.0.0.1:{unused_port}") as balancer:
+        started = asyncio.get_running_loop().time()
+        with pytest.raises(Unavailable, match="refuses connections"):
+            await balancer.request("POST", "/embed", b"", {})
+    assert asyncio.get_running_loop().time() - started < 1.0, "an uncached text is refused within a second"
+
+
+async def test_a_balancer_that_comes_back_in_time_is_reached(unused_port: int) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok")
+        writer.close()
+
+    async with Balancer(f"http://127.0.0.1:{unused_port}") as balancer:
+        request = asyncio.create_task(balancer.request("GET", "/", None, {}))
+        await asyncio.sleep(0.2)
+        async with await asyncio.start_server(serve, "127.0.0.1", unused_port):
+            status, _, body = await request
+    assert (status, body) == (200, b"ok")
+
+
+async def test_a_connection_cut_after_the_request_is_told_as_broken() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    gateway = Gateway()
+    async with await answering(serve) as server, Balancer(url_of(server)) as balancer:
+        gateway.upstream._balancer = balancer
+        task = await start(gateway, "a")
+        with pytest.raises(Unavailable, match="the connection broke: ServerDisconnectedError"):
+            await task
+    assert gateway.metrics.upstream_retries._value.get() == 1
+    await gateway.close()
