@@ -1,0 +1,99 @@
+"""`python -m ml_base`: read the environment, load the model, listen, drain."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+
+import prometheus_client
+import uvicorn
+
+from ml_base import models, threads
+from ml_base.app import Replica, create_app
+from ml_base.asgi import DrainingServer
+from ml_base.config import ConfigError, Settings, read_environment
+
+KEEP_ALIVE_S = 75
+"""Longer than HAProxy keeps an idle connection in its pool, so that it is never the replica that closes one just as
+a request is sent down it."""
+
+log = logging.getLogger("ml_base")
+
+
+def main() -> None:
+    try:
+        settings = read_environment()
+    except ConfigError as wrong:
+        sys.exit(_refuse(2, wrong))
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line a file of a model from the hub
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # halves the series: nobody reads them
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, _leave)  # uvicorn takes over once it runs
+    try:
+        listener = _bind(settings.host, settings.port)
+        replica = _load(settings)
+    except (OSError, models.ModelUnavailableError) as trouble:
+        sys.exit(_refuse(1, trouble))
+    _serve(replica, listener)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Takes the port before the seconds of loading; without listening, so that connections are refused until then."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as problem:
+        raise OSError(f"cannot listen on {host} port {port} (ML_BASE_HOST, ML_BASE_PORT): {problem.strerror}") from None
+    return listener
+
+
+def _load(settings: Settings) -> Replica:
+    source = models.resolve(settings.models)
+    chosen = threads.choose(wanted=settings.wanted_threads, replicas=settings.replicas_per_host)
+    log.info("threads=%d (%s)", chosen.count, chosen.reason)
+    os.environ.update(threads.environment(chosen.count))
+    if source.local:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # else a folder's model is looked up on the hub, with retries
+    gc.disable()  # importing torch makes a million objects that stay: collecting among them is a fifth of the start
+    loaded = models.load(source, backend=settings.backend, threads=chosen.count)
+    gc.freeze()  # nor is any later collection to walk over them: that would hold the event loop for 0.1 s
+    gc.enable()
+    return Replica(settings, loaded, chosen)
+
+
+def _serve(replica: Replica, listener: socket.socket) -> None:
+    config = uvicorn.Config(
+        create_app(replica),
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        access_log=False,  # one line an embed request is logged with what matters; health checks are noise
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        # what is in hand when the drain ends; HAProxy gives one call 30 s, but an operator's stop must end
+        timeout_graceful_shutdown=replica.settings.finish_s,
+    )
+    server = DrainingServer(config, drain_s=replica.settings.drain_s, on_drain=replica.drain)
+    server.run(sockets=[listener])
+
+
+def _leave(*_: object) -> None:
+    os._exit(0)  # nothing is in hand while the model loads
+
+
+def _refuse(code: int, trouble: Exception) -> int:
+    sys.stderr.write(f"ml-base: {trouble}\n")
+    return code
+
+
+if __name__ == "__main__":
+    main()

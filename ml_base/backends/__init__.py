@@ -1,0 +1,59 @@
+"""What a backend is. Importing this loads no numeric library; each backend's own module does, when it is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+Direction = Literal["left", "right"]
+
+
+class UnsupportedModelError(Exception):
+    """The model loads, but this server cannot serve it; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """One text, cut to the model's limit, not yet padded. Its len() is what the model has to compute.
+
+    `tokens` counts the text before it was cut, prompt and special tokens included. `prompt_tokens` is how many
+    leading ones pooling has to leave out: 0 for a model that pools its prompt.
+    """
+
+    features: Mapping[str, Sequence[int]]
+    tokens: int
+    truncated: bool
+    prompt_tokens: int = 0
+
+    def __len__(self) -> int:
+        return len(self.features["input_ids"])
+
+
+class Backend(Protocol):
+    """A loaded model. `tokenize` and `embed` may run at the same time, but each of them in one thread only."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def prompts(self) -> Mapping[str, str]: ...
+    @property
+    def default_prompt_name(self) -> str | None: ...
+
+    def identity(self) -> bytes:
+        """A digest of all that decides a vector and is not in the card: weights, modules, tokenizer."""
+
+    def tokenize(self, texts: Sequence[str], *, prompt: str, direction: Direction) -> list[Tokenized]:
+        """Each text with `prompt` before it; `direction` is the side that is cut off if it is too long."""
+
+    def embed(self, batch: Sequence[Tokenized]) -> NDArray[np.float32]:
+        """The model's own output, float32 [len(batch), dimension]."""

@@ -1,0 +1,204 @@
+"""sentence-transformers as it is, on torch: its own tokenizer, transformer, pooling, normalisation and prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
+import sentence_transformers
+import torch
+import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from sentence_transformers import SentenceTransformer
+from transformers.utils import logging as transformers_logging
+
+from ml_base.backends import Direction, Tokenized, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+HUB_TIMEOUT_S = 10.0
+
+_NO_LIMIT_TOKENS = 1_000_000
+"""A tokenizer without a limit of its own says 1e30 or so."""
+
+
+def load(name_or_path: str, *, local: bool, threads: int) -> TorchBackend:
+    """The model of a folder, or of the hub. Raises what sentence-transformers raises, or `UnsupportedModelError`."""
+    torch.set_num_threads(threads)
+    if torch.get_num_interop_threads() != 1:  # one slice runs at a time: there is nothing to run beside it
+        torch.set_num_interop_threads(1)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers is partly typed
+    local = local or not _hub_answers(name_or_path)
+    return TorchBackend(SentenceTransformer(name_or_path, device="cpu", local_files_only=local))
+
+
+def _hub_answers(name: str) -> bool:
+    """Asked once: loading from a hub that is out of reach tries each file six times, a minute and a half in all.
+
+    Whatever the answer says is left to the loading itself. Without one, what the cache holds is served.
+    """
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+    except HfHubHTTPError:
+        return True
+    except Exception as silence:  # noqa: BLE001 - name resolution, sockets, TLS, offline mode: each library its own
+        log.warning("the model hub does not answer (%s): trying the local cache", type(silence).__name__)
+        return False
+    return True
+
+
+class TorchBackend:
+    """Vectors equal `SentenceTransformer.encode`; only tokenizing is taken apart from computing."""
+
+    name = "torch"
+    dtype = "float32"
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self._model = model.float().eval()
+        self._tokenizer = _fast_tokenizer(model)
+        self._raw = self._tokenizer.backend_tokenizer  # a third of the tokenizer's own cost for one short text
+        self._raw.no_padding()
+        self._raw.no_truncation()
+        self._tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # padding apart is on purpose
+        self._excludes_prompt = any(not getattr(module, "include_prompt", True) for module in model.children())
+        self._prompt_tokens: dict[str, int] = {}
+        self.max_tokens = _max_tokens(model)
+        self.prompts: Mapping[str, str] = {name: prompt or "" for name, prompt in model.prompts.items()}
+        self.default_prompt_name: str | None = model.default_prompt_name
+
+    def __repr__(self) -> str:
+        return f"<TorchBackend max_tokens={self.max_tokens} threads={torch.get_num_threads()}>"
+
+    def identity(self) -> bytes:
+        """Digest of what is in memory, so that a model from a wheel, a folder or the hub is the same model.
+
+        Of the libraries only the major version counts: a major release may tokenize or pool in another way, while
+        a patch moves a component by 1e-7 and must not empty every cache.
+        """
+        digest = hashlib.sha256()
+        for key, tensor in self._model.state_dict().items():
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(
+            orjson.dumps(_modules(self._model), option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS, default=str)
+        )
+        digest.update(hashlib.sha256(self._raw.to_str().encode()).digest())
+        majors = [library.__version__.split(".")[0] for library in (sentence_transformers, transformers)]
+        digest.update(f"{self.max_tokens} {majors}".encode())
+        return digest.digest()
+
+    def tokenize(self, texts: Sequence[str], *, prompt: str, direction: Direction) -> list[Tokenized]:
+        prompt_tokens = self._measure_prompt(prompt) if prompt and self._excludes_prompt else 0
+        prompted = [prompt + text for text in texts] if prompt else list(texts)
+        encodings = self._raw.encode_batch(prompted)
+        counts = [len(encoding) for encoding in encodings]
+        long = [index for index, count in enumerate(counts) if count > self.max_tokens]
+        for index, cut in zip(long, self._encode_cut([prompted[index] for index in long], direction), strict=True):
+            encodings[index] = cut
+        return [
+            Tokenized(
+                features=self._features(encoding),
+                tokens=count,
+                truncated=count > self.max_tokens,
+                # what is cut off on the left is the prompt, or part of it
+                prompt_tokens=max(0, prompt_tokens - (count - len(encoding) if direction == "left" else 0)),
+            )
+            for encoding, count in zip(encodings, counts, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def embed(self, batch: Sequence[Tokenized]) -> NDArray[np.float32]:
+        by_prompt: dict[int, list[int]] = defaultdict(list)
+        for index, text in enumerate(batch):
+            by_prompt[text.prompt_tokens].append(index)
+        if len(by_prompt) == 1:
+            return self._forward(batch)
+        parts = [self._forward([batch[index] for index in group]) for group in by_prompt.values()]
+        order = [index for group in by_prompt.values() for index in group]
+        rows = np.empty((len(batch), parts[0].shape[1]), np.float32)
+        rows[order] = np.concatenate(parts)
+        return rows
+
+    def _forward(self, batch: Sequence[Tokenized]) -> NDArray[np.float32]:
+        names = batch[0].features
+        padded = self._tokenizer.pad(
+            {name: [text.features[name] for text in batch] for name in names}, return_tensors="pt"
+        )
+        features: dict[str, Any] = dict(padded)
+        if batch[0].prompt_tokens:
+            features["prompt_length"] = batch[0].prompt_tokens
+        vectors: NDArray[np.float32] = self._model(features)["sentence_embedding"].float().numpy()
+        return vectors
+
+    def _encode_cut(self, texts: list[str], direction: Direction) -> list[Any]:
+        """Encodes again with truncation: only the few texts that need it pay, and the count above stays exact."""
+        if not texts:
+            return []
+        self._raw.enable_truncation(self.max_tokens, direction=direction)
+        try:
+            return list(self._raw.encode_batch(texts))
+        finally:
+            self._raw.no_truncation()
+
+    def _features(self, encoding: Any) -> dict[str, list[int]]:
+        values = {"input_ids": encoding.ids, "attention_mask": encoding.attention_mask}
+        if "token_type_ids" in self._tokenizer.model_input_names:
+            values["token_type_ids"] = encoding.type_ids
+        return values
+
+    def _measure_prompt(self, prompt: str) -> int:
+        """Leading tokens of a prompt, without the special token that ends it: as sentence-transformers counts them."""
+        if prompt not in self._prompt_tokens:
+            ids = self._raw.encode(prompt).ids[: self.max_tokens]
+            self._prompt_tokens[prompt] = len(ids) - (ids[-1] in self._tokenizer.all_special_ids)
+        return self._prompt_tokens[prompt]
+
+
+def _fast_tokenizer(model: SentenceTransformer) -> Any:
+    first = model[0]
+    tokenizer = getattr(model, "tokenizer", None)
+    if getattr(first, "auto_model", None) is None or not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedModelError(
+            f"its first module is {type(first).__name__} with tokenizer {type(tokenizer).__name__}; "
+            "only transformers with a fast tokenizer are served"
+        )
+    if "text" not in getattr(model, "modalities", ["text"]) or "message" in getattr(model, "modalities", []):
+        raise UnsupportedModelError("it takes chat messages or no text; only plain text models are served")
+    return tokenizer
+
+
+def _max_tokens(model: SentenceTransformer) -> int:
+    fixed = getattr(model[0], "processing_kwargs", {}).get("text", {}).get("max_length")
+    config = _config(model)
+    for limit in (fixed, model.max_seq_length, getattr(config, "max_position_embeddings", None)):
+        if limit is not None and limit < _NO_LIMIT_TOKENS:
+            return int(limit)
+    raise UnsupportedModelError("neither its tokenizer nor its configuration says how long a text may be")
+
+
+def _config(model: SentenceTransformer) -> Any:
+    """The transformer's own configuration; torch types every attribute of a module as a tensor or a module."""
+    transformer: Any = model[0]
+    return transformer.auto_model.config
+
+
+def _modules(model: SentenceTransformer) -> list[Any]:
+    """Class and settings of each module: transformer, pooling, normalisation."""
+    architecture = _config(model).to_dict()
+    for irrelevant in ("_name_or_path", "transformers_version"):  # where it came from, not what it computes
+        architecture.pop(irrelevant, None)
+    return [architecture, *([type(module).__name__, _settings(module)] for module in model.children())]
+
+
+def _settings(module: Any) -> Any:
+    return module.get_config_dict() if hasattr(module, "get_config_dict") else None

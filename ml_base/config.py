@@ -1,0 +1,106 @@
+"""The environment of a replica, read once and checked. Every limit has its unit in its name."""
+
+from __future__ import annotations
+
+import socket
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+TOKENS_PER_THREAD = 256
+"""Measured on a CPU in float32: 128 tokens a slice have all the throughput there is, and more only makes others wait.
+Twice that leaves room for slices that do not fill up."""
+
+
+class ConfigError(Exception):
+    """A variable has a value that cannot be used; the message is one line for the operator."""
+
+
+class Settings(BaseSettings):
+    """What a replica can be told. Names in capitals are the environment variables."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True, case_sensitive=True)
+
+    host: Annotated[str, Field(validation_alias="ML_BASE_HOST")] = "0.0.0.0"
+    port: Annotated[int, Field(validation_alias="ML_BASE_PORT", ge=1, le=65535)] = 8887
+    # never HOSTNAME from the environment: Docker sets it, and a shell may have exported another host's
+    instance_id: str = Field(
+        validation_alias="INSTANCE_ID", pattern=r"^[\x21-\x7e]{1,128}$", default_factory=socket.gethostname
+    )
+    models: Annotated[str, Field(validation_alias="ML_BASE_MODELS")] = "all-MiniLM-L6-v2"
+    backend: Annotated[Literal["auto", "torch"], Field(validation_alias="ML_BASE_BACKEND")] = "auto"
+    dtype: Annotated[Literal["auto", "float32"], Field(validation_alias="ML_BASE_DTYPE")] = "auto"
+    device: Annotated[Literal["auto", "cpu"], Field(validation_alias="ML_BASE_DEVICE")] = "auto"
+
+    max_batch_texts: Annotated[int, Field(validation_alias="ML_BASE_MAX_BATCH_SIZE", ge=1, le=4096)] = 64
+    # padded tokens of one slice; 0 stands for auto
+    max_batch_tokens: Annotated[int, Field(validation_alias="ML_BASE_MAX_BATCH_TOKENS", ge=0, le=1 << 20)] = 0
+    # the longest a request may be passed over for texts of better-fitting length; nobody ever waits for a timer
+    batch_timeout_ms: Annotated[float, Field(validation_alias="ML_BASE_BATCH_TIMEOUT_MS", ge=0, le=60_000)] = 50
+    bulk_share: Annotated[float, Field(validation_alias="ML_BASE_BULK_SHARE", ge=0, le=1)] = 0.2
+    # half a minute of short paragraphs on one core: whoever waited behind more would have given up
+    max_queue_texts: Annotated[int, Field(validation_alias="ML_BASE_MAX_QUEUE_TEXTS", ge=1, le=1 << 20)] = 2048
+
+    # 0 stands for auto: the cores of this process shared out over the replicas
+    threads: Annotated[int, Field(validation_alias="ML_BASE_THREADS", ge=0, le=1024)] = 0
+    replicas_per_host: Annotated[int, Field(validation_alias="ML_BASE_REPLICAS_PER_HOST", ge=1, le=1024)] = 1
+
+    # how far inference steps back for whatever else wants the cores: the event loops of replica and gateway, which are
+    # done in a millisecond, and a replica that starts again. It loses nothing when nobody does
+    nice: Annotated[int, Field(validation_alias="ML_BASE_NICE", ge=0, le=19)] = 5
+
+    # HAProxy asks every second and needs three failures, but the first one is enough to close idle connections
+    drain_s: Annotated[float, Field(validation_alias="ML_BASE_DRAIN_S", ge=0, le=600)] = 3
+    # after draining, to finish what is in hand; together with the drain below the 10 s that Docker gives before SIGKILL
+    finish_s: Annotated[int, Field(validation_alias="ML_BASE_FINISH_S", ge=1, le=600)] = 6
+    # a slice takes 0.1 s, one longest text beside two busy neighbours a second or two: nothing healthy takes this long
+    stuck_s: Annotated[float, Field(validation_alias="ML_BASE_STUCK_S", gt=0, le=3600)] = 15
+
+    max_texts: Annotated[int, Field(validation_alias="MAX_TEXTS", ge=1, le=1 << 20)] = 8192
+    max_text_bytes: Annotated[int, Field(validation_alias="MAX_TEXT_BYTES", ge=1, le=1 << 30)] = 1 << 20
+    max_body_bytes: Annotated[int, Field(validation_alias="MAX_BODY_BYTES", ge=1, le=1 << 30)] = 32 << 20
+
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], Field(validation_alias="LOG_LEVEL")
+    ] = "INFO"
+    edition: Annotated[str, Field(validation_alias="SUTRA_EDITION", max_length=64)] = "simple"
+
+    @field_validator("threads", "max_batch_tokens", mode="before")
+    @classmethod
+    def _auto_is_zero(cls, value: object) -> object:
+        return 0 if isinstance(value, str) and value.lower() == "auto" else value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _any_case(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("models")
+    @classmethod
+    def _one_model(cls, value: str) -> str:
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        if len(names) != 1:
+            raise ValueError(f"exactly one model is served for now, got {len(names)}")
+        return names[0]
+
+    @property
+    def wanted_threads(self) -> int | None:
+        return self.threads or None
+
+    def batch_tokens(self, threads: int) -> int:
+        """Padded tokens of a slice: more threads compute a larger one in the same time."""
+        return self.max_batch_tokens or TOKENS_PER_THREAD * threads
+
+
+def read_environment() -> Settings:
+    """Raises `ConfigError`."""
+    try:
+        return Settings()
+    except ValidationError as invalid:
+        first = invalid.errors(include_url=False)[0]
+        variable = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(
+            f"{variable}: {message[0].lower()}{message[1:]} (value: {str(first['input'])[:80]!r})"
+        ) from None

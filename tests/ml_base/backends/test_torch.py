@@ -1,0 +1,190 @@
+"""Held to `SentenceTransformer.encode` on the real default model: every vector, count and cut."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from ml_base.backends import UnsupportedModelError
+from ml_base.backends.torch import TorchBackend, load
+from ml_base.models import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from ml_base.backends import Direction
+
+TEXTS = [
+    "hello",
+    "",
+    " ",
+    "  two  spaces\tand\ttabs\n\nand lines  ",
+    "Ünïcode ☃ 日本語 \U0001f600 e\u0301 \u200b",
+    "UPPER lower MiXeD",
+    "[CLS] special [SEP] tokens [PAD] in [MASK] the [UNK] text",
+    "\x00\x07 control \x1b characters",
+    "a paragraph of text, as people write it. " * 6,
+    "word " * 253,
+    "word " * 254,
+    "word " * 255,
+    "word " * 600,
+    "unbelievablyunsegmentable" * 40,
+]
+PROMPT = "search query: "
+MAX_TOKENS = 256
+
+
+def fresh() -> SentenceTransformer:
+    return SentenceTransformer(resolve("all-MiniLM-L6-v2").location, device="cpu", local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def reference() -> SentenceTransformer:
+    return fresh()
+
+
+@pytest.fixture(scope="module")
+def backend() -> TorchBackend:
+    return load(resolve("all-MiniLM-L6-v2").location, local=True, threads=1)
+
+
+def embed(
+    backend: TorchBackend, texts: Sequence[str], *, prompt: str = "", direction: Direction = "right"
+) -> NDArray[np.float32]:
+    return backend.embed(backend.tokenize(texts, prompt=prompt, direction=direction))
+
+
+def assert_equal(left: NDArray[np.float32], right: NDArray[np.float32]) -> None:
+    assert left.dtype == np.float32
+    assert left.shape == right.shape
+    cosines = (left * right).sum(axis=1) / np.linalg.norm(left, axis=1) / np.linalg.norm(right, axis=1)
+    assert cosines.min() > 0.99999
+    assert np.allclose(left, right, atol=1e-5)
+
+
+def test_a_batch_of_all_sorts_of_texts_equals_encode(backend: TorchBackend, reference: SentenceTransformer) -> None:
+    assert_equal(embed(backend, TEXTS), reference.encode(TEXTS))
+
+
+def test_alone_or_in_company_a_text_has_the_same_vector(backend: TorchBackend, reference: SentenceTransformer) -> None:
+    alone = np.concatenate([embed(backend, [text]) for text in TEXTS])
+    assert_equal(alone, embed(backend, TEXTS))
+    assert_equal(alone, np.stack([reference.encode(text) for text in TEXTS]))
+
+
+def test_texts_are_cut_on_the_left_as_the_tokenizer_does_it(backend: TorchBackend) -> None:
+    left = fresh()
+    left.tokenizer.truncation_side = "left"
+    texts = ["start " * 300 + "end " * 300, "one short text"]
+    assert_equal(embed(backend, texts, direction="left"), left.encode(texts))
+    assert np.abs(embed(backend, texts, direction="left")[0] - embed(backend, texts)[0]).max() > 0.01
+
+
+def test_the_side_of_one_call_does_not_leak_into_the_next(
+    backend: TorchBackend, reference: SentenceTransformer
+) -> None:
+    long = "start " * 300 + "end " * 300
+    embed(backend, [long], direction="left")
+    assert_equal(embed(backend, [long]), reference.encode([long]))
+    assert backend.tokenize([long], prompt="", direction="right")[0].tokens == 602
+
+
+def test_a_prompt_equals_encode_with_that_prompt(backend: TorchBackend, reference: SentenceTransformer) -> None:
+    assert_equal(embed(backend, TEXTS, prompt=PROMPT), reference.encode(TEXTS, prompt=PROMPT))
+
+
+@pytest.mark.parametrize("direction", ["right", "left"])
+def test_a_model_that_leaves_its_prompt_out_of_pooling_does_so_here(direction: Direction) -> None:
+    reference, model = fresh(), fresh()
+    for each in (reference, model):
+        each.set_pooling_include_prompt(include_prompt=False)
+    backend = TorchBackend(model)
+    texts = TEXTS if direction == "right" else [text for text in TEXTS if len(text) < 1000]
+    pooled = embed(backend, texts, prompt=PROMPT, direction=direction)
+    assert_equal(pooled, reference.encode(texts, prompt=PROMPT))
+    assert np.abs(pooled[0] - embed(backend, ["hello"], prompt="")[0]).max() > 0.01
+
+
+def test_texts_with_and_without_a_prompt_may_share_a_slice() -> None:
+    model = fresh()
+    model.set_pooling_include_prompt(include_prompt=False)
+    backend = TorchBackend(model)
+    plain = backend.tokenize(["a", "b", "c"], prompt="", direction="right")
+    prompted = backend.tokenize(["d", "e"], prompt=PROMPT, direction="right")
+    mixed = backend.embed([plain[0], prompted[0], plain[1], prompted[1], plain[2]])
+    apart = np.concatenate([backend.embed([text]) for text in (plain[0], prompted[0], plain[1], prompted[1], plain[2])])
+    assert_equal(mixed, apart)
+
+
+def test_a_prompt_that_is_cut_off_is_no_longer_left_out() -> None:
+    model = fresh()
+    model.set_pooling_include_prompt(include_prompt=False)
+    backend = TorchBackend(model)
+    long, short = backend.tokenize(["word " * 400, "word"], prompt=PROMPT, direction="left")
+    assert (long.prompt_tokens, short.prompt_tokens) == (0, 4)
+
+
+def test_tokens_are_counted_before_the_cut_and_exactly(backend: TorchBackend, reference: SentenceTransformer) -> None:
+    exact = [len(ids) for ids in reference.tokenizer(TEXTS, truncation=False, verbose=False)["input_ids"]]
+    for direction in ("right", "left"):
+        pieces = backend.tokenize(TEXTS, prompt="", direction=direction)
+        assert [piece.tokens for piece in pieces] == exact
+        assert [piece.truncated for piece in pieces] == [count > MAX_TOKENS for count in exact]
+        assert [len(piece) for piece in pieces] == [min(count, MAX_TOKENS) for count in exact]
+
+
+def test_the_card_of_the_default_model(backend: TorchBackend) -> None:
+    assert (backend.max_tokens, backend.name, backend.dtype) == (MAX_TOKENS, "torch", "float32")
+    assert backend.prompts == {"query": "", "document": ""}
+    assert backend.default_prompt_name is None
+
+
+def test_the_same_model_has_the_same_identity_wherever_it_lies(backend: TorchBackend, tmp_path: Path) -> None:
+    fresh().save(str(tmp_path / "copy"), create_model_card=False)
+    assert load(str(tmp_path / "copy"), local=True, threads=1).identity() == backend.identity()
+
+
+def _one_weight(model: Any) -> None:
+    next(iter(model.parameters())).data[0, 0] += 1
+
+
+def _pooling(model: Any) -> None:
+    model.set_pooling_include_prompt(include_prompt=False)
+
+
+def _length(model: Any) -> None:
+    model.max_seq_length = 128
+
+
+def _normalisation(model: Any) -> None:
+    del model[2]
+
+
+@pytest.mark.parametrize("change", [_one_weight, _pooling, _length, _normalisation])
+def test_whatever_changes_a_vector_changes_the_identity(change: Any, backend: TorchBackend) -> None:
+    model = fresh()
+    change(model)
+    assert TorchBackend(model).identity() != backend.identity()
+
+
+class _Slow:
+    is_fast = False
+
+
+def test_a_model_without_a_fast_tokenizer_is_refused_with_its_reason() -> None:
+    model: Any = fresh()
+    model[0].processor = _Slow()
+    with pytest.raises(UnsupportedModelError, match="first module is Transformer with tokenizer"):
+        TorchBackend(model)
+
+
+def test_a_model_that_does_not_begin_with_a_transformer_is_refused_with_its_reason() -> None:
+    model = SentenceTransformer(modules=[fresh()[1]], device="cpu")
+    with pytest.raises(UnsupportedModelError, match="first module is Pooling"):
+        TorchBackend(model)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from ml_base import config
+from ml_base.config import ConfigError, Settings, read_environment
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for field in Settings.model_fields.values():
+        monkeypatch.delenv(str(field.validation_alias), raising=False)
+
+
+def test_the_defaults_are_those_of_the_design() -> None:
+    settings = read_environment()
+    assert (settings.port, settings.max_batch_texts, settings.batch_timeout_ms) == (8887, 64, 50)
+    assert (settings.max_texts, settings.max_body_bytes, settings.edition) == (8192, 32 << 20, "simple")
+    assert settings.instance_id == socket.gethostname()
+
+
+def test_variables_are_read_and_an_empty_one_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ML_BASE_PORT", "18001")
+    monkeypatch.setenv("ML_BASE_THREADS", "")
+    monkeypatch.setenv("LOG_LEVEL", "debug")
+    settings = read_environment()
+    assert (settings.port, settings.threads, settings.log_level) == (18001, 0, "DEBUG")
+
+
+@pytest.mark.parametrize("name", ["HOST", "PORT", "HOSTNAME", "THREADS", "host", "ml_base_port"])
+def test_only_the_documented_names_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = read_environment()
+    monkeypatch.setenv(name, "7")
+    assert read_environment() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("ML_BASE_PORT", "0", "greater than or equal to 1"),
+        ("ML_BASE_PORT", "http", "valid integer"),
+        ("ML_BASE_BACKEND", "openvino", "'auto' or 'torch'"),
+        ("ML_BASE_DTYPE", "bfloat16", "'auto' or 'float32'"),
+        ("ML_BASE_DEVICE", "cuda", "'auto' or 'cpu'"),
+        ("ML_BASE_MODELS", "a,b", "exactly one model is served for now, got 2"),
+        ("ML_BASE_MODELS", " , ", "exactly one model is served for now, got 0"),
+        ("ML_BASE_MAX_BATCH_SIZE", "-1", "greater than or equal to 1"),
+        ("ML_BASE_BULK_SHARE", "1.5", "less than or equal to 1"),
+        ("ML_BASE_THREADS", "many", "valid integer"),
+        ("INSTANCE_ID", "two words", "match pattern"),
+        ("LOG_LEVEL", "CHATTY", "'DEBUG', 'INFO'"),
+    ],
+)
+def test_a_wrong_value_is_one_line_naming_variable_limit_and_value(
+    name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as wrong:
+        read_environment()
+    message = str(wrong.value)
+    assert message.startswith(f"{name}: ")
+    assert says in message
+    assert repr(value) in message
+    assert "\n" not in message
+
+
+def test_auto_means_that_we_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ML_BASE_THREADS", "auto")
+    monkeypatch.setenv("ML_BASE_MAX_BATCH_TOKENS", "AUTO")
+    settings = read_environment()
+    assert settings.wanted_threads is None
+    assert settings.batch_tokens(threads=2) == 2 * config.TOKENS_PER_THREAD
+
+
+def test_what_the_operator_sets_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ML_BASE_THREADS", "3")
+    monkeypatch.setenv("ML_BASE_MAX_BATCH_TOKENS", "100")
+    settings = read_environment()
+    assert settings.wanted_threads == 3
+    assert settings.batch_tokens(threads=8) == 100
+
+
+def test_settings_cannot_be_changed_later() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        read_environment().port = 1
+
+
+def test_drain_and_finish_end_before_docker_loses_its_patience() -> None:
+    settings = read_environment()
+    assert settings.drain_s + settings.finish_s < 10
+
+
+def test_each_variable_has_one_field() -> None:
+    names = re.findall(r'validation_alias="(\w+)"', Path(config.__file__).read_text())
+    assert len(names) == len(set(names)) == len(Settings.model_fields)
