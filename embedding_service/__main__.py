@@ -39,10 +39,9 @@ def serve(settings: Settings) -> None:
         log_config=None,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=round(settings.stop_s) or 1,
         backlog=2048,
     )
-    DrainingServer(config, drain_s=settings.drain_s, on_drain=service.drain).run()
+    DrainingServer(config, drain_s=settings.drain_s, finish_s=settings.stop_s, on_drain=service.drain).run()
 
 
 def _complain(wrong: SettingsError) -> int:

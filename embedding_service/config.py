@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1 << 20
@@ -17,7 +17,7 @@ class SettingsError(ValueError):
 class Settings(BaseSettings):
     """Every variable of the gateway, its default, and why that is the default."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
 
     host: Annotated[str, Field(alias="HOST")] = "0.0.0.0"
     port: Annotated[int, Field(alias="PORT", ge=0, le=65535)] = 8888
@@ -61,6 +61,11 @@ class Settings(BaseSettings):
     """Longest wait for what is in hand after draining: one upstream call and a little."""
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(alias="LOG_LEVEL")] = "INFO"
     edition: Annotated[str, Field(alias="SUTRA_EDITION", max_length=64)] = "simple"
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _any_case(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fit_together(self) -> Settings:

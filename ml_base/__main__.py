@@ -79,10 +79,9 @@ def _serve(replica: Replica, listener: socket.socket) -> None:
         log_config=None,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        # what is in hand when the drain ends; HAProxy gives one call 30 s, but an operator's stop must end
-        timeout_graceful_shutdown=replica.settings.finish_s,
     )
-    server = DrainingServer(config, drain_s=replica.settings.drain_s, on_drain=replica.drain)
+    settings = replica.settings
+    server = DrainingServer(config, drain_s=settings.drain_s, finish_s=settings.finish_s, on_drain=replica.drain)
     server.run(sockets=[listener])
 
 

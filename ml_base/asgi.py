@@ -215,15 +215,21 @@ def _request_id(scope: Scope) -> bytes:
 
 
 class DrainingServer(uvicorn.Server):
-    """Serves on for `drain_s` after the first SIGTERM or SIGINT, then finishes what is in hand and exits with 0.
+    """Serves on for `drain_s` after the first SIGTERM or SIGINT, up to `finish_s` longer while requests are in hand,
+    and exits with 0. The port stays open until then: a balancer that is refused takes the server for dead, and cuts
+    off what it still has in hand.
 
     `on_drain` is called at the first signal: from then on health answers 503, so that the balancer takes the
     server out of rotation while it still serves what arrives. A second signal stops at once.
     """
 
-    def __init__(self, config: uvicorn.Config, *, drain_s: float, on_drain: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, *, drain_s: float, finish_s: float, on_drain: Callable[[], None]
+    ) -> None:
+        config.timeout_graceful_shutdown = 1  # for connections to close: what was in hand has been waited for
         super().__init__(config)
         self._drain_s = drain_s
+        self._finish_s = finish_s
         self._on_drain = on_drain
         self._stop_at: float | None = None
 
@@ -238,6 +244,8 @@ class DrainingServer(uvicorn.Server):
         self._stop_at = time.monotonic() + self._drain_s
 
     async def on_tick(self, counter: int) -> bool:
-        if self._stop_at is not None and time.monotonic() >= self._stop_at:
-            self.should_exit = True
+        if self._stop_at is not None:
+            late_s = time.monotonic() - self._stop_at
+            in_hand = bool(self.server_state.tasks)
+            self.should_exit = self.should_exit or late_s >= (self._finish_s if in_hand else 0)
         return await super().on_tick(counter)

@@ -91,7 +91,7 @@ class NativeDialect:
         await asgi.send_bytes(send, 200, [before, *parts, after], headers=headers)
 
 
-def _documented(body: native.EmbedRequest) -> native.EmbedReply:  # type: ignore[empty-body]
+def _documented(body: native.EmbedRequest) -> native.EmbedReply:  # type: ignore[empty-body]  # never called
     """Embed texts, from the cache where possible.
 
     Headers: `x-priority: interactive|bulk`, `x-request-timeout-ms`, `x-request-id`, `cache-control: no-cache`

@@ -28,7 +28,7 @@ MAX_TOKENS = 8
 async def until(condition: Callable[[], bool]) -> None:
     """Lets other tasks and threads run until `condition()`; a test that waits in vain fails after five seconds."""
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - half of these conditions change in another thread
+        while not condition():
             await asyncio.sleep(0.0005)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from typing import TYPE_CHECKING, Any
@@ -233,7 +234,8 @@ class Drained:
 
     def __init__(self, *, drain_s: float) -> None:
         self.drains = 0
-        self.server = asgi.DrainingServer(uvicorn.Config(nothing, log_config=None), drain_s=drain_s, on_drain=self.note)
+        config = uvicorn.Config(nothing, log_config=None)
+        self.server = asgi.DrainingServer(config, drain_s=drain_s, finish_s=60, on_drain=self.note)
         self.server.started = True
 
     def note(self) -> None:
@@ -252,6 +254,17 @@ async def test_the_first_signal_drains_and_the_server_leaves_when_the_drain_is_o
     drained.server._stop_at = 0.0
     assert await drained.tick()
     assert not drained.server.force_exit
+
+
+async def test_a_drained_server_stays_open_while_a_request_is_in_hand_but_not_for_ever() -> None:
+    drained = Drained(drain_s=0)
+    request = asyncio.create_task(asyncio.Event().wait())
+    drained.server.server_state.tasks.add(request)
+    drained.server.handle_exit(signal.SIGTERM, None)
+    assert not await drained.tick()
+    drained.server._finish_s = 0
+    assert await drained.tick()
+    request.cancel()
 
 
 async def test_a_second_signal_stops_at_once() -> None:
