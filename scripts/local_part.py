@@ -1,0 +1,186 @@
+"""One part of the local stack: a child process that is started, probed, started again when it dies, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+DIE_WITH_PARENT = Path(__file__).resolve().with_name("die_with_parent.py")
+
+FIRST_RESTART_S = 0.5
+LAST_RESTART_S = 8.0
+SETTLED_S = 30.0
+"""A part that lived this long starts its next row of restarts from the shortest delay."""
+
+
+class StackError(Exception):
+    """What keeps the stack from starting; the message is one line for a person."""
+
+
+class Part:
+    """A supervised child. Its output goes straight to `log_path`, so that no slow terminal ever stalls it.
+
+    Once it was ready, a process that dies is started again after a growing delay, until `stop`; `report` is told of it
+    in one line.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        log_path: Path,
+        probe: Callable[[], bool],
+        stop_within_s: float,
+        report: Callable[[str], None],
+    ) -> None:
+        self.name = name
+        self.log_path = log_path
+        self.ready_after_s: float | None = None
+        """Seconds from the latest `start` to the first good probe."""
+        self.restarted_at: float | None = None
+        """`time.monotonic()` of the latest restart by the supervisor."""
+        self._command = list(command)
+        self._env = dict(env)
+        self._probe = probe
+        self._stop_within_s = stop_within_s
+        self._report = report
+        self._lock = threading.Lock()  # held for "may it start, then it starts", so that `stop` never misses a child
+        self._stopping = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._supervisor: threading.Thread | None = None
+        self._started_at = 0.0
+        self._last_exit: int | None = None
+
+    def __repr__(self) -> str:
+        state = "ready" if self.ready_after_s is not None else "starting"
+        return f"<Part {self.name} pid={self.pid} {state if self.pid else 'down'}>"
+
+    @property
+    def pid(self) -> int | None:
+        """The process that runs now, if one does."""
+        process = self._process
+        return process.pid if process is not None and process.returncode is None else None
+
+    def start(self) -> None:
+        """Returns at once; `ready` tells when it answers."""
+        if self._supervisor is not None:
+            raise RuntimeError(f"{self.name} is started already")
+        self._stopping = threading.Event()
+        self.ready_after_s = self._last_exit = None
+        self._started_at = time.monotonic()
+        self._supervisor = threading.Thread(target=self._supervise, name=f"supervise {self.name}", daemon=True)
+        self._supervisor.start()
+
+    def ready(self) -> bool:
+        """Whether it answers now. Raises `StackError` if it died before it ever did."""
+        if self.ready_after_s is None and self._last_exit is not None:
+            raise StackError(f"{self.name} ended with {describe(self._last_exit)} before it was ready: {self.reason()}")
+        if self.pid is None or not self._probe():
+            return False
+        if self.ready_after_s is None:
+            self.ready_after_s = time.monotonic() - self._started_at
+        return True
+
+    def wait_ready(self, timeout_s: float = 60) -> None:
+        wait_until(self.ready, f"{self.name} answers", timeout_s=timeout_s)
+
+    def send(self, number: signal.Signals) -> None:
+        """SIGKILL: it dies and is started again. SIGSTOP and SIGCONT: it freezes and goes on."""
+        process = self._process
+        if process is not None:
+            process.send_signal(number)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int | None:
+        """Ends it for good: by `number`, or by SIGKILL where that is not obeyed in time. Its exit code."""
+        self.ask_to_stop(number)
+        return self.wait_stopped()
+
+    def ask_to_stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """The first half of `stop`, so that several parts can take their time together."""
+        with self._lock:
+            self._stopping.set()
+        self.send(number)
+        self.send(signal.SIGCONT)  # a frozen process obeys nothing but SIGKILL
+
+    def wait_stopped(self) -> int | None:
+        if self._supervisor is not None:
+            self._supervisor.join(self._stop_within_s)
+            if self._supervisor.is_alive():
+                self._report(f"{self.name} has not ended within {self._stop_within_s:g} s: killed")
+                self._kill_group()
+                self._supervisor.join()
+        self._supervisor = None
+        return self._last_exit
+
+    def log_text(self) -> str:
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def reason(self) -> str:
+        """Its last line of output: where programs say why they ended."""
+        lines = [line.strip() for line in self.log_text().splitlines() if line.strip()]
+        return lines[-1] if lines else f"it said nothing ({self.log_path})"
+
+    def _supervise(self) -> None:
+        # The kernel sends PR_SET_PDEATHSIG when the *thread* that forked the child ends: so the child is forked here,
+        # in a thread that outlives it, and never by the short-lived caller of `start`.
+        delay_s = FIRST_RESTART_S
+        while (process := self._spawn()) is not None:
+            born_at = time.monotonic()
+            code = process.wait()
+            self._kill_group()  # workers a killed server has left behind still hold its port
+            self._last_exit = code
+            if self._stopping.is_set() or self.ready_after_s is None:
+                return  # what kept it from starting would only repeat; `ready` tells what it was
+            delay_s = FIRST_RESTART_S if time.monotonic() - born_at > SETTLED_S else delay_s
+            self._report(f"{self.name} ended with {describe(code)}; it is started again in {delay_s:g} s")
+            if self._stopping.wait(delay_s):
+                return
+            delay_s = min(2 * delay_s, LAST_RESTART_S)
+            self.restarted_at = time.monotonic()
+
+    def _spawn(self) -> subprocess.Popen[bytes] | None:
+        wrapper = [sys.executable, "-I", "-S", str(DIE_WITH_PARENT), str(os.getpid())]
+        with self._lock, self.log_path.open("ab") as log:
+            if self._stopping.is_set():
+                return None
+            self._process = subprocess.Popen(
+                wrapper + self._command,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C must reach the supervisor alone, which ends the parts in order
+            )
+            return self._process
+
+    def _kill_group(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says EPERM of a group of zombies
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def describe(exit_code: int) -> str:
+    """As a person names it: "exit code 1", "SIGKILL"."""
+    return f"exit code {exit_code}" if exit_code >= 0 else signal.Signals(-exit_code).name
+
+
+def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float, every_s: float = 0.1) -> float:
+    """Seconds until `condition()` held. Raises `StackError` naming `what` when it takes longer than `timeout_s`."""
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > timeout_s:
+            raise StackError(f"waited {timeout_s:g} s in vain until {what}")
+        time.sleep(every_s)
+    return time.monotonic() - began
