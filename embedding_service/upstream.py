@@ -59,6 +59,9 @@ KEEP_ALIVE_S = 15.0  # shorter than HAProxy's client keep-alive, so that we are 
 CARD_TIMEOUT_S = 2.0
 MAX_TEXTS_IN_PIECE = 256  # many tiny texts: bounded by count, since each also costs the replica a row
 RETRY_BUDGET = 10.0  # repetitions that may be saved up
+RETRY_PAUSE_S = 0.1
+"""A killed process may close its connections some milliseconds before its listening socket (measured: up to 3 ms). A
+repetition within them is accepted and lost too, since leastconn prefers a replica that has nothing in hand."""
 RETRY_EARNED = 0.1  # saved up per call: in the long run at most one call in ten is a repetition
 MAX_IDS_SENT = 4  # request ids on a piece that several requests share; the replica's log is their reader
 
@@ -156,6 +159,7 @@ class Upstream:
         calls: Mapping[Lane, int],
         admission: Admission,
         metrics: Metrics,
+        retry_pause_s: float = RETRY_PAUSE_S,
     ) -> None:
         self.on_reply: Callable[[Sequence[Any], Embedded | Exception], None] = _nobody
         self._balancer = balancer
@@ -164,6 +168,7 @@ class Upstream:
         self._lanes = {lane: _LaneState(lane, calls[lane]) for lane in Lane}
         self._admission = admission
         self._metrics = metrics
+        self._retry_pause_s = retry_pause_s
         self._budget = RETRY_BUDGET
         self._tasks: dict[asyncio.Task[None], list[MissFlight]] = {}
         self._closed = False
@@ -272,6 +277,7 @@ class Upstream:
                     return await self._post(lane, piece, give_up_at)
                 except Broken as failed:
                     self._spend_retry(failed.problem)
+                await asyncio.sleep(self._retry_pause_s)
                 try:
                     return await self._post(lane, piece, give_up_at)
                 except Broken as again:

@@ -180,6 +180,7 @@ class Gateway:
             calls=dict.fromkeys(Lane, calls),
             admission=self.admission,
             metrics=self.metrics,
+            retry_pause_s=0,
         )
         self.catalog = Catalog(fetch=self.upstream.fetch_card, recall=self.store.recall, remember=self.store.remember)
         self.flights = Flights[Miss, Landed](
