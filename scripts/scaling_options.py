@@ -1,0 +1,97 @@
+"""The command line of validate_scaling.py, and the targets it holds a system to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from client_http import API_KEY_VARIABLE
+from client_options import Parser, http_url, positive_count, positive_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MAX_LATENCY_MS = 2000.0
+MIN_SUCCESS = 0.95
+MIN_HIT_RATE = 0.50
+MIN_COSINE = 0.999  # a text computed again in other company differs in the last digits, never by more
+
+_EPILOG = f"""
+targets:
+  health             200 and "healthy"
+  one request        under {MAX_LATENCY_MS:.0f} ms, a text nobody has sent before
+  concurrent load    over {MIN_SUCCESS:.0%} answered
+  repeated load      over {MIN_HIT_RATE:.0%} from the cache; the service's counters agree; the vectors are the same
+  replicas           each one answered; none is down
+
+examples:
+  validate_scaling.py
+  validate_scaling.py --requests 200 --concurrency 32 --json
+  validate_scaling.py --learn-url http://storage:8080/api     the same load through a storage server
+
+exit code: 0 every target met, 1 some target missed, 2 usage, 130 interrupted.
+{API_KEY_VARIABLE} in the environment is sent as a bearer token where the service asks for one.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    url: str
+    stats_url: str
+    learn_url: str | None
+    backend: str
+    replicas: int
+    requests: int
+    concurrency: int
+    texts: int
+    timeout_s: float
+    json: bool
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> Settings:
+    parser = Parser(
+        prog="validate_scaling.py",
+        description="Check a running embedding system against its targets.",
+        epilog=_EPILOG,
+    )
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--url", type=http_url, default="http://localhost:8888", help="the gateway (default: %(default)s)"
+    )
+    where.add_argument(
+        "--stats-url",
+        type=http_url,
+        default="http://localhost:9999",
+        help="HAProxy's statistics (default: %(default)s)",
+    )
+    where.add_argument(
+        "--learn-url", type=http_url, metavar="URL", help="send the load as POST URL/learn to a storage server instead"
+    )
+    where.add_argument("--backend", default="ml-base", metavar="NAME", help="HAProxy's backend (default: %(default)s)")
+    load = parser.add_argument_group("load")
+    load.add_argument(
+        "--replicas",
+        type=positive_count,
+        default=3,
+        metavar="N",
+        help="replicas that must take part (default: %(default)s)",
+    )
+    load.add_argument(
+        "--requests", type=positive_count, default=60, metavar="N", help="requests of the load (default: %(default)s)"
+    )
+    load.add_argument(
+        "--concurrency", type=positive_count, default=12, metavar="N", help="requests at a time (default: %(default)s)"
+    )
+    load.add_argument(
+        "--texts", type=positive_count, default=8, metavar="N", help="texts a request (default: %(default)s)"
+    )
+    load.add_argument(
+        "--timeout",
+        dest="timeout_s",
+        type=positive_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="for one request (default: 30)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the report")
+    return Settings(**vars(parser.parse_args(arguments)))
