@@ -14,23 +14,24 @@ from embedding_service.embedder import Embedder
 from embedding_service.entry import Entry
 from embedding_service.fill import Fill, Landed
 from embedding_service.lru import LRU
-from embedding_service.metrics import VERSION, Metrics
+from embedding_service.metrics import VERSION
 from embedding_service.redis_cache import NoCache, RedisCache
 from embedding_service.service import Service
 from embedding_service.singleflight import Flights
 from embedding_service.upstream import Balancer, Miss, Upstream
+from embedding_service.vectors import Renderer
 from ml_base import asgi
 from ml_base.wire import Lane
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from embedding_service.config import Settings
+    from embedding_service.metrics import Metrics
 
 
-def build_service(settings: Settings) -> Service:
-    """The parts of one gateway, wired and not yet open."""
-    metrics = Metrics()
+def build_service(settings: Settings, metrics: Metrics) -> Service:
+    """The parts of one gateway process, wired and not yet open."""
     store = _store(settings, metrics)
     admission = Admission(
         max_pending_bytes={
@@ -74,8 +75,8 @@ def build_service(settings: Settings) -> Service:
     return Service(settings, metrics, l1, flights, store, admission, balancer, upstream, catalog, fill, embedder)
 
 
-def create_app(service: Service) -> asgi.Edge:
-    """The ASGI application over `service`, which its lifespan opens and closes."""
+def create_app(service: Service, *, started: Callable[[], None] | None = None) -> asgi.Edge:
+    """The ASGI application over `service`, which its lifespan opens and closes. `started` is called in between."""
     settings = service.settings
 
     @asynccontextmanager
@@ -87,6 +88,9 @@ def create_app(service: Service) -> asgi.Edge:
             await stack.enter_async_context(service.upstream)
             await stack.enter_async_context(service.fill)
             await stack.enter_async_context(service.catalog)
+            await stack.enter_async_context(service)
+            if started is not None:
+                started()
             yield
 
     app = FastAPI(
@@ -99,15 +103,17 @@ def create_app(service: Service) -> asgi.Edge:
     dialect = native.NativeDialect(
         embedder=service.embedder,
         catalog=service.catalog,
+        renderer=Renderer(max_ready_bytes=settings.ready_json_bytes),
         max_texts=settings.max_texts,
         max_text_bytes=settings.max_text_bytes,
         max_body_bytes=settings.max_body_bytes,
         edition=settings.edition,
     )
-    app.router.routes.insert(0, dialect.route())
+    native.document(app)
     app.include_router(ops.router(service))
     asgi.answer_unknown_routes(app)
-    return asgi.Edge(app, observe=service.observe, draining=lambda: service.draining)
+    direct = {"/embed": asgi.guarded(dialect.embed)}
+    return asgi.Edge(app, direct=direct, observe=service.observe, draining=lambda: service.draining)
 
 
 def _store(settings: Settings, metrics: Metrics) -> RedisCache:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from embedding_service.metrics import CACHED, Outcome
 from embedding_service.singleflight import NEVER
+from embedding_service.vectors import matrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from embedding_service.entry import Entry
@@ -45,8 +45,7 @@ class Answer:
 
     def vectors(self) -> NDArray[np.float32]:
         """The model's own vectors, float32 [texts, dimension]."""
-        joined = b"".join([entry.vector for entry in self.entries])
-        return np.frombuffer(joined, "<f4").reshape(len(self.entries), self.card.dimension)
+        return matrix(self.entries)
 
     def tokens(self) -> int:
         """Tokens the model read, over all texts; the same for a cached text as for a computed one."""

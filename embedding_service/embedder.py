@@ -82,6 +82,7 @@ class Embedder:
             raise
 
     async def _attempt(self, ask: Ask, in_hand: dict[bytes, Landed]) -> Answer:
+        self._fill.catch_up()
         card = self._catalog.card(ask.model_id)
         space = self._catalog.space(card, ask.prompt_name, ask.direction)
         keys = [space.key(text) for text in ask.texts]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _HEADER = struct.Struct("<2sBBIIId")
 _MAGIC = b"EV"
@@ -28,14 +28,19 @@ KEY_BYTES = 32
 _OVERHEAD_BYTES = 450  # key, Entry, ints, floats and the LRU's link to them; measured by scripts/bench
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Entry:
-    """One text's vector (float32, little-endian, as bytes) and what a reply must tell of it."""
+    """One text's vector (float32, little-endian, as bytes) and what a reply must tell of it. Not to be changed.
+
+    `ready` is the exception: JSON made for an earlier reply, put there and taken away by `vectors.Renderer`. (Not
+    frozen, since that triples what making one costs.)
+    """
 
     vector: bytes
     tokens: int
     truncated: bool
     expires_at: float
+    ready: bytes | None = field(default=None, compare=False, repr=False)
 
     @property
     def dimension(self) -> int:

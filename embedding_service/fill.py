@@ -46,7 +46,7 @@ class Store(Protocol):
     """L2. Never raises; what it cannot find in its own short time is not there."""
 
     connected: bool
-    on_epoch: Callable[[int], object]
+    on_epoch: Callable[[int], None]
 
     async def get_many(self, epoch: int, keys: Sequence[bytes]) -> dict[bytes, Entry]: ...
     def put_soon(self, epoch: int, entries: Sequence[tuple[bytes, Entry]]) -> None: ...
@@ -104,17 +104,26 @@ class Fill:
         for flights in under_way.values():  # a task cancelled before its first step never ran its finally
             self._fail_unsent(flights)
 
-    async def clear(self) -> tuple[int, int | None]:
-        """Forgets everything cached, here and in L2; how many entries each held (None: L2 is away, and will follow)."""
+    async def clear(self) -> int | None:
+        """Forgets everything cached, here and in L2; how many entries that held (None: it is away, and will follow)."""
         epoch = max(self.epoch + 1, time.time_ns())
-        return self.raise_epoch(epoch), await self._store.clear(epoch)
+        self.raise_epoch(epoch)
+        return await self._store.clear(epoch)
 
-    def raise_epoch(self, epoch: int) -> int:
+    def raise_epoch(self, epoch: int) -> None:
         """Empties L1 if `epoch` is news. A fill that was claimed before it will store nothing."""
-        if epoch <= self.epoch:
-            return 0
-        self.epoch = epoch
-        return self._l1.clear()
+        if epoch > self.epoch:
+            self.epoch = epoch
+            self._metrics.board.raise_epoch(epoch)  # our siblings look there before each look-up
+            self._l1.clear()
+
+    def catch_up(self) -> None:
+        """Notices that a sibling process has been told to clear; says so again if our own word was lost."""
+        epoch = self._metrics.board.epoch
+        if epoch > self.epoch:
+            self.raise_epoch(epoch)
+        elif epoch < self.epoch:
+            self._metrics.board.raise_epoch(self.epoch)
 
     def start(self, flights: list[TextFlight], *, read: bool) -> None:
         if not (read and self._store.connected):
@@ -140,8 +149,8 @@ class Fill:
                 self._flights.fail(flight, Unavailable("the gateway is shutting down", retry_after_s=1))
 
     def _settle_found(self, chunk: Sequence[TextFlight], found: dict[bytes, Entry]) -> None:
-        self._metrics.l2_lookups["hit"] += len(found)
-        self._metrics.l2_lookups["miss"] += len(chunk) - len(found)
+        self._metrics.l2_lookups["hit"].inc(len(found))
+        self._metrics.l2_lookups["miss"].inc(len(chunk) - len(found))
         for flight in chunk:
             if (entry := found.get(flight.key)) is not None:
                 if flight.ttl_s > 0:

@@ -5,7 +5,7 @@ Keys: `embedding:v1:entry:<epoch>:<digest>` for entries, `embedding:v1:epoch` fo
 way when somebody cleared lands where nobody looks. It is a time in ns that only grows; every look-up reads it along,
 so that a clear by another gateway is seen there and then, and the heartbeat sees it within a second when idle.
 
-Breaker: a connection error, or three failures in a row, takes Redis out of use; the heartbeat alone takes it back.
+Breaker: a connection error, or two failures in a row, takes Redis out of use; the heartbeat alone takes it back.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -38,12 +39,14 @@ log = logging.getLogger(__name__)
 PREFIX = b"embedding:v1:"
 EPOCH_KEY = PREFIX + b"epoch"
 
-MAX_CONNECTIONS = 16  # look-ups of as many requests at once; more would only queue inside Redis, which has one thread
+MAX_CONNECTIONS = 8  # two look-ups, the writer, the heartbeat, and whoever clears
 MAX_QUEUED_WRITES = 8192  # entries; 13 MB at 384 dimensions, a minute of what three replicas compute
 WRITES_PER_PIPELINE = 128
 HEARTBEAT_S = 1.0
 HEARTBEAT_TIMEOUT_S = 0.5  # more patient than a look-up: nobody waits for it
-FAILURES_TO_OPEN = 3
+FAILURES_TO_OPEN = 2
+MAX_READS = 2  # look-ups in flight: one that Redis answers and one that is on its way; more only makes each smaller
+KEYS_PER_READ = 256  # 400 kB of reply at 384 dimensions, about 2 ms of Redis' one thread
 FLUSH_S = 1.0  # at shutdown, for writes still queued
 
 _FAILURES = (RedisError, OSError, TimeoutError)
@@ -67,7 +70,7 @@ class RedisCache:
     ) -> None:
         self.enabled = True
         self.connected = False
-        self.on_epoch: Callable[[int], object] = int  # replaced by whoever holds L1
+        self.on_epoch: Callable[[int], None] = _nobody_listens
         self._address = f"{host}:{port}"
         self._timeout_s = timeout_s
         self._metrics = metrics
@@ -76,6 +79,9 @@ class RedisCache:
         self._failures = 0
         self._writes: deque[tuple[int, bytes, Entry]] = deque()
         self._writes_waiting = asyncio.Event()
+        self._look_ups: deque[_LookUp] = deque()
+        self._reads = 0
+        self._reading: dict[asyncio.Task[None], list[_LookUp]] = {}
         self._closing = False
         self._tasks: list[asyncio.Task[None]] = []
         self._redis = Redis.from_pool(
@@ -104,15 +110,60 @@ class RedisCache:
         self._closing = True
         self._writes_waiting.set()
         await asyncio.wait(self._tasks[1:], timeout=FLUSH_S)  # the writer ends when it has nothing left to write
-        for task in self._tasks:
+        under_way = dict(self._reading)
+        for task in (*self._tasks, *under_way):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *under_way, return_exceptions=True)
+        for batch in (*under_way.values(), self._look_ups):  # a task cancelled before its first step answered nobody
+            _answer(batch, {})
         await self._redis.aclose()
 
     async def get_many(self, epoch: int, keys: Sequence[bytes]) -> dict[bytes, Entry]:
-        """The valid entries among `keys`; fewer, down to none, when Redis is slow, away or has been cleared."""
+        """The valid entries among `keys`; fewer, down to none, when Redis is slow, away or has been cleared.
+
+        A call of the client library costs ten times what one more key costs. So while all reads are busy, look-ups of
+        different requests wait, and leave together when one comes back; when one is free they leave at once.
+        """
         if not self.connected or not keys:
             return {}
+        look_up = _LookUp(epoch, keys, asyncio.get_running_loop().create_future())
+        self._look_ups.append(look_up)
+        self._start_reads()
+        return await look_up.found
+
+    def _start_reads(self) -> None:
+        while self._look_ups and self._reads < MAX_READS:
+            batch = self._next_batch()
+            self._reads += 1
+            task = asyncio.create_task(self._read(batch))
+            self._reading[task] = batch
+            task.add_done_callback(self._reading.pop)
+
+    def _next_batch(self) -> list[_LookUp]:
+        """Look-ups in order, of one epoch, up to the keys of one read, at least one."""
+        batch = [self._look_ups.popleft()]
+        keys = len(batch[0].keys)
+        while (
+            self._look_ups
+            and self._look_ups[0].epoch == batch[0].epoch
+            and (keys := keys + len(self._look_ups[0].keys)) <= KEYS_PER_READ
+        ):
+            batch.append(self._look_ups.popleft())
+        return batch
+
+    async def _read(self, batch: list[_LookUp]) -> None:
+        found: dict[bytes, Entry] = {}
+        try:
+            found = await self._find(batch[0].epoch, [key for look_up in batch for key in look_up.keys])
+        finally:
+            self._reads -= 1
+            _answer(batch, found)
+            if not self.connected:  # the breaker has just opened: nobody waits for what will not come
+                _answer(self._look_ups, {})
+                self._look_ups.clear()
+            self._start_reads()
+
+    async def _find(self, epoch: int, keys: Sequence[bytes]) -> dict[bytes, Entry]:
         names = [EPOCH_KEY, *(_entry_name(epoch, key) for key in keys)]
         replies = await self._mget(names, "get", self._timeout_s)
         if replies is None or self._see_epoch(replies[0]) > epoch:
@@ -192,7 +243,7 @@ class RedisCache:
         return reply
 
     def _failed(self, operation: str, failure: Exception) -> None:
-        self._metrics.l2_errors.labels(operation).inc()
+        self._metrics.l2_errors[operation].inc()
         self._failures += 1
         gone = isinstance(failure, RedisConnectionError | OSError) and not isinstance(failure, TimeoutError)
         if self.connected and (gone or operation == "ping" or self._failures >= FAILURES_TO_OPEN):
@@ -251,7 +302,7 @@ class RedisCache:
         if refused:
             self._metrics.l2_dropped.inc(refused)
             if replies is not None:  # out of memory, or a read-only replica: said by Redis, not by the network
-                self._metrics.l2_errors.labels("set").inc()
+                self._metrics.l2_errors["set"].inc()
 
 
 class NoCache(RedisCache):
@@ -269,6 +320,23 @@ class NoCache(RedisCache):
 
     def put_soon(self, epoch: int, entries: Iterable[tuple[bytes, Entry]]) -> None:
         """Drops them uncounted: nobody expects them anywhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LookUp:
+    epoch: int
+    keys: Sequence[bytes]
+    found: asyncio.Future[dict[bytes, Entry]]
+
+
+def _answer(batch: Iterable[_LookUp], found: dict[bytes, Entry]) -> None:
+    for look_up in batch:
+        if not look_up.found.done():  # its request may have gone
+            look_up.found.set_result({key: found[key] for key in look_up.keys if key in found})
+
+
+def _nobody_listens(epoch: int) -> None:
+    log.debug("epoch %d, and no L1 to empty", epoch)
 
 
 def _entry_name(epoch: int, key: bytes) -> bytes:

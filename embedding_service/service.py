@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 from ml_base.wire import Lane
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from starlette.types import Scope
 
     from embedding_service.admission import Admission
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from embedding_service.redis_cache import RedisCache
     from embedding_service.singleflight import Flights
     from embedding_service.upstream import Balancer, Miss, Upstream
+
+
+PUBLISH_S = 0.5  # a sibling's gauges are at most this old; counters are never old
 
 
 @dataclass
@@ -44,10 +50,13 @@ class Service:
     def __post_init__(self) -> None:
         """Shows figures that their owners already keep."""
         l1, gauge = self.l1, self.metrics.gauge
-        gauge("l1_entries", "Vectors in L1.", lambda: len(l1))
-        gauge("l1_bytes", "Bytes of the vectors in L1.", lambda: l1.bytes)
-        gauge("l1_evictions", "Vectors pushed out of L1 by newer ones.", lambda: l1.evictions)
-        gauge("l1_expired", "Vectors found in L1 past their time.", lambda: l1.expired)
+        self.l1_figures = {
+            "size": gauge("l1_entries", "Vectors in L1.", lambda: len(l1)),
+            "max_size": gauge("l1_max_entries", "Most vectors that L1 may hold.", lambda: l1.max_entries),
+            "bytes": gauge("l1_bytes", "Memory of the vectors in L1.", lambda: l1.bytes),
+            "evictions": gauge("l1_evictions", "Vectors pushed out of L1 by newer ones.", lambda: l1.evictions),
+            "expired": gauge("l1_expired", "Vectors found in L1 past their time.", lambda: l1.expired),
+        }
         gauge("l2_connected", "1 while Redis is in use.", lambda: self.store.connected)
         gauge("replicas_reachable", "1 while a replica answers.", lambda: self.catalog.reachable)
         gauge("flights", "Texts on their way from L2 or a replica.", lambda: len(self.flights))
@@ -58,15 +67,27 @@ class Service:
                 partial(self.admission.pending_bytes, lane),
             )
 
+    async def __aenter__(self) -> Self:
+        self._publishing = asyncio.create_task(self._publish())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._publishing.cancel()
+        await asyncio.gather(self._publishing, return_exceptions=True)
+
+    async def _publish(self) -> None:
+        """Keeps this process's gauges where its siblings, who may be asked for them, can see them."""
+        while True:
+            self.metrics.publish()
+            self.fill.catch_up()  # an idle process too forgets what a sibling was told to clear
+            await asyncio.sleep(PUBLISH_S)
+
     def drain(self) -> None:
         self.draining = True
 
     def observe(self, scope: Scope, status: int, duration_s: float) -> None:
         """One request is over."""
-        path = scope["path"]
-        if path == "/embed":
-            self.metrics.requests += 1
-        self.metrics.observe_reply(path, status, duration_s)
+        self.metrics.count_reply(scope["path"], status, duration_s)
 
     def unready(self) -> list[str]:
         """Why nothing, not even what is cached, should be asked of this gateway; empty if it may."""

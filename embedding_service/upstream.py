@@ -237,11 +237,11 @@ class Upstream:
     # --- calling ---
 
     async def _call(self, state: _LaneState, piece: list[MissFlight]) -> None:
+        started = time.monotonic()
         result: Embedded | Exception = _shutting_down()  # if it is cancelled
         try:
-            with self._metrics.upstream_duration.time():
-                result = await self._embed(state.lane, piece)
-            self._metrics.upstream_calls.labels("ok").inc()
+            result = await self._embed(state.lane, piece)
+            self._metrics.upstream_calls["ok"].inc()
         except (Problem, StartOver) as problem:
             result = problem
             self._count_failure(problem)
@@ -250,6 +250,7 @@ class Upstream:
             result = InferenceFailed("internal error; the log has the detail")
         finally:
             state.calls -= 1
+            self._metrics.upstream_duration.observe(time.monotonic() - started)
             self._admission.drained(sum(flight.payload.work_bytes for flight in piece))
             self.on_reply(piece, result)
             self._start_calls(state)
@@ -262,7 +263,7 @@ class Upstream:
                 result = "refused"
             case _:
                 result = "failed"
-        self._metrics.upstream_calls.labels(result).inc()
+        self._metrics.upstream_calls[result].inc()
 
     async def _embed(self, lane: Lane, piece: list[MissFlight]) -> Embedded:
         """One piece, repeated at most once on another replica. Raises `Problem` or `StartOver`."""

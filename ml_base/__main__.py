@@ -6,16 +6,19 @@ import gc
 import logging
 import os
 import signal
-import socket
 import sys
+from typing import TYPE_CHECKING
 
 import prometheus_client
 import uvicorn
 
 from ml_base import models, threads
 from ml_base.app import Replica, create_app
-from ml_base.asgi import DrainingServer
+from ml_base.asgi import DrainingServer, bind
 from ml_base.config import ConfigError, Settings, read_environment
+
+if TYPE_CHECKING:
+    import socket
 
 KEEP_ALIVE_S = 75
 """Longer than HAProxy keeps an idle connection in its pool, so that it is never the replica that closes one just as
@@ -35,23 +38,11 @@ def main() -> None:
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, _leave)  # uvicorn takes over once it runs
     try:
-        listener = _bind(settings.host, settings.port)
+        listener = bind(settings.host, settings.port, variables="ML_BASE_HOST, ML_BASE_PORT")
         replica = _load(settings)
     except (OSError, models.ModelUnavailableError) as trouble:
         sys.exit(_refuse(1, trouble))
     _serve(replica, listener)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """Takes the port before the seconds of loading; without listening, so that connections are refused until then."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as problem:
-        raise OSError(f"cannot listen on {host} port {port} (ML_BASE_HOST, ML_BASE_PORT): {problem.strerror}") from None
-    return listener
 
 
 def _load(settings: Settings) -> Replica:
@@ -78,6 +69,7 @@ def _serve(replica: Replica, listener: socket.socket) -> None:
         access_log=False,  # one line an embed request is logged with what matters; health checks are noise
         log_config=None,
         server_header=False,
+        proxy_headers=False,  # nobody here asks for the caller's address
         timeout_keep_alive=KEEP_ALIVE_S,
     )
     settings = replica.settings

@@ -128,17 +128,18 @@ class Replica:
             embedded.vectors, dimensions=request.dimensions, normalize=request.normalize is not False
         )
         rows = []
-        for piece in native.rows_as_json(vectors):
-            rows.append(piece)
+        for chunk in native.encode_rows(vectors, request.encoding_format):
+            rows.append(chunk)
             await asyncio.sleep(0)  # others get their turn between the milliseconds that digits take
-        head, tail = native.reply_around(
-            vectors,
+        return native.assemble_reply(
+            rows,
+            dimension=vectors.shape[1],
+            texts=len(vectors),
             model=embedded.card.id,
             took_s=time.perf_counter() - started,
             cached=0,
             edition=self.settings.edition,
         )
-        return [head, *rows, tail]
 
     def observe(self, scope: Scope, status: int, took_s: float) -> None:
         """Counts every reply; embed requests that got as far as a lane leave one line in the log."""
@@ -199,18 +200,14 @@ def create_app(replica: Replica) -> ASGIApp:
             yield
 
     app = FastAPI(title="ML-Base", version=VERSION, lifespan=lifespan, redoc_url=None)
-    app.router.routes.insert(0, _embed_route(replica))
-    _add_operator_routes(app, replica)
-    asgi.answer_unknown_routes(app)
-    return asgi.Edge(app, observe=replica.observe, draining=lambda: replica.draining)
-
-
-def _embed_route(replica: Replica) -> asgi.AsgiRoute:
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": native.ErrorReply} for status, _ in native.STATUS.values()
     }
-    run = asgi.guarded(replica.embed)
-    return asgi.AsgiRoute("/embed", _documented, asgi=run, methods=["POST"], responses=refusals)
+    app.add_api_route("/embed", _documented, methods=["POST"], responses=refusals)
+    _add_operator_routes(app, replica)
+    asgi.answer_unknown_routes(app)
+    direct = {"/embed": asgi.guarded(replica.embed)}
+    return asgi.Edge(app, direct=direct, observe=replica.observe, draining=lambda: replica.draining)
 
 
 def _documented(body: native.EmbedRequest) -> native.EmbedReply:  # type: ignore[empty-body]  # never called

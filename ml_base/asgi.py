@@ -1,16 +1,17 @@
-"""The HTTP edge both servers share: request ids, bodies with a limit, JSON refusals, raw routes, draining."""
+"""The HTTP edge both servers share: request ids, bodies with a limit, JSON refusals, draining."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
 import secrets
+import socket
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -18,7 +19,7 @@ from ml_base import errors, native
 from ml_base.wire import REQUEST_ID_HEADER
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
     from types import FrameType
 
     from fastapi import FastAPI
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+JOIN_BYTES = 1 << 18  # below it one copy costs less than the system call that each part is sent with
 MAX_REQUEST_ID_CHARS = 128
+# Eight random digits of this process, eight that count: unique without a system call for each request.
+_ID_PREFIX = secrets.token_hex(4).encode()
+_ID_COUNTER = itertools.count(secrets.randbits(32))
 _PLAIN_ID = re.compile(rb"[\x21-\x7e]+")  # what may be logged and sent back without escaping
 
 
@@ -82,6 +87,8 @@ async def send_bytes(
 ) -> None:
     """A whole reply. A large one goes out part by part, so that it is never copied into one piece."""
     length = sum(map(len, parts))
+    if length <= JOIN_BYTES:
+        parts = [b"".join(parts)]
     start = [(b"content-type", content_type.encode()), (b"content-length", b"%d" % length), *headers]
     await send({"type": "http.response.start", "status": status, "headers": start})
     last = len(parts) - 1
@@ -119,20 +126,6 @@ def guarded(endpoint: Callable[[Scope, Receive, Send], Awaitable[None]]) -> ASGI
     return app
 
 
-class AsgiRoute(APIRoute):
-    """Documents `endpoint` in OpenAPI, but runs `asgi` for its methods: a cached answer pays for no framework."""
-
-    def __init__(self, path: str, endpoint: Callable[..., Any], *, asgi: ASGIApp, **options: Any) -> None:
-        super().__init__(path, endpoint, **options)
-        self.asgi = asgi
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] in (self.methods or ()):
-            await self.asgi(scope, receive, send)
-        else:
-            await super().handle(scope, receive, send)  # 405
-
-
 def answer_unknown_routes(app: FastAPI) -> None:
     """Refusals by the router itself (404, 405) in the same JSON shape as all others."""
 
@@ -166,6 +159,9 @@ class Edge:
 
     `observe(scope, status, seconds)` is called once a request, when its reply is out or its caller has gone.
 
+    `direct` holds the apps of paths whose cost counts: a POST to exactly such a path goes straight there. The framework
+    has the same path for its OpenAPI document and for 405, and answers everything else.
+
     While `draining()` is true every reply closes its connection, so that a balancer opens the next one elsewhere.
     """
 
@@ -173,10 +169,12 @@ class Edge:
         self,
         app: ASGIApp,
         *,
+        direct: Mapping[str, ASGIApp],
         observe: Callable[[Scope, int, float], None],
         draining: Callable[[], bool],
     ) -> None:
         self._app = app
+        self._direct = direct
         self._observe = observe
         self._draining = draining
 
@@ -199,8 +197,9 @@ class Edge:
                 message["headers"] = headers
             await send(message)
 
+        direct = self._direct.get(scope["path"]) if scope["method"] == "POST" else None
         try:
-            await self._app(scope, receive, send_with_id)
+            await (direct or self._app)(scope, receive, send_with_id)
         finally:
             self._observe(scope, status, time.perf_counter() - started)
 
@@ -211,7 +210,23 @@ def _request_id(scope: Scope) -> bytes:
         raw = given.encode("latin-1")
         if _PLAIN_ID.fullmatch(raw):
             return raw
-    return secrets.token_hex(8).encode()
+    return b"%b%08x" % (_ID_PREFIX, next(_ID_COUNTER) & 0xFFFFFFFF)
+
+
+def bind(host: str, port: int, *, variables: str) -> socket.socket:
+    """Takes the port, without listening yet: connections are refused until a server listens on it.
+
+    Raises `OSError` with one line that names the variables to change.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as problem:
+        listener.close()
+        raise OSError(f"cannot listen on {host} port {port} ({variables}): {problem.strerror}") from None
+    return listener
 
 
 class DrainingServer(uvicorn.Server):

@@ -5,6 +5,7 @@ Pure functions on bytes and arrays; no I/O. Whoever speaks it hands in the limit
 
 from __future__ import annotations
 
+from binascii import b2a_base64
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ml_base import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 ROWS_PER_CHUNK = 128
 """Vectors written as JSON in one go: 128 x 384 floats take about a millisecond, the longest the loop is held."""
 
+
+UNIT_TOLERANCE = 1e-5
+"""Of a squared norm: some rounding steps of float32 over hundreds of components."""
 
 _QUOTED_CHARS = 24  # an error may quote a word, never a text
 
@@ -41,15 +45,16 @@ class EmbedRequest(BaseModel):
     dimensions: Annotated[int | None, Field(ge=1, description="Keep the first n components.")] = None
     prompt_name: Annotated[str | None, Field(description="One of the model's own prompts.")] = None
     truncate: Annotated[bool | None, Field(description="false: refuse a text over the model's limit.")] = None
-    truncation_direction: Annotated[Literal["left", "right"] | None, Field(description="The side that is cut off.")] = (
-        None
-    )
+    truncation_direction: Annotated[Literal["left", "right"] | None, Field(description="The side cut off.")] = None
+    encoding_format: Annotated[
+        Literal["float", "base64"] | None, Field(description="base64: little-endian float32, a quarter of the bytes.")
+    ] = None
 
 
 class EmbedReply(BaseModel):
     """Vectors in the order of the texts."""
 
-    embeddings: list[list[float]]
+    embeddings: Annotated[list[list[float]] | list[str], Field(description="Strings if base64 was asked for.")]
     dimension: int
     model: str
     processing_time_ms: float
@@ -184,38 +189,48 @@ def refuse_truncated(index: int, tokens: int, card: ModelCard) -> errors.Invalid
 def shape(vectors: NDArray[np.float32], *, dimensions: int | None, normalize: bool) -> NDArray[np.float32]:
     """Cut [n, d] to the first `dimensions` components, then scale rows to unit length if asked. A zero row stays zero.
 
-    Matryoshka order (arXiv:2205.13147): cutting a normalised vector shortens it, so the norm is taken last.
+    Matryoshka order (arXiv:2205.13147): cutting a normalised vector shortens it, so the norm is taken last. Rows that
+    the model itself normalised are left as they are, to the last bit.
     """
     if dimensions is not None and dimensions < vectors.shape[1]:
         vectors = vectors[:, :dimensions]
     if normalize:
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors = vectors / np.maximum(norms, np.float32(1e-12))
+        squares = np.einsum("ij,ij->i", vectors, vectors)
+        if np.abs(squares - 1).max(initial=0) > UNIT_TOLERANCE:
+            norms = np.sqrt(np.maximum(squares, np.float32(1e-24)))
+            vectors = vectors / norms[:, None]
     return np.ascontiguousarray(vectors, np.float32)
 
 
-def rows_as_json(vectors: NDArray[np.float32]) -> Iterator[bytes]:
-    """`[[...], ...]` in pieces of `ROWS_PER_CHUNK` rows, so that a caller may yield to the event loop in between."""
-    opening = b"["
+def encode_rows(vectors: NDArray[np.float32], encoding_format: str | None) -> Iterator[bytes]:
+    """The rows of a reply, comma separated, `ROWS_PER_CHUNK` at a time: a caller may yield to the loop in between.
+
+    JSON numbers, or for "base64" the little-endian float32 bytes in the standard alphabet (RFC 4648), padded.
+    """
     for start in range(0, len(vectors), ROWS_PER_CHUNK):
-        rows = orjson.dumps(vectors[start : start + ROWS_PER_CHUNK], option=orjson.OPT_SERIALIZE_NUMPY)
-        yield opening + rows[1:-1]
-        opening = b","
-    yield b"]"
+        chunk = vectors[start : start + ROWS_PER_CHUNK]
+        if encoding_format == "base64":
+            yield b",".join([b'"%b"' % b2a_base64(row, newline=False) for row in chunk.astype("<f4", copy=False)])
+        else:
+            yield orjson.dumps(chunk, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
 
 
-def reply_around(
-    vectors: NDArray[np.float32], *, model: str, took_s: float, cached: int, edition: str
-) -> tuple[bytes, bytes]:
-    """What stands before and after `rows_as_json` in a reply, so that no vector passes through a dict."""
+def assemble_reply(
+    rows: Sequence[bytes], *, dimension: int, texts: int, model: str, took_s: float, cached: int, edition: str
+) -> list[bytes]:
+    """The body in parts around the encoded rows, so that no vector passes through a dict."""
     tail = orjson.dumps(
         {
-            "dimension": vectors.shape[1],
+            "dimension": dimension,
             "model": model,
             "processing_time_ms": round(took_s * 1000, 3),
             "cached_count": cached,
             "edition": edition,
-            "batch_size": len(vectors),
+            "batch_size": texts,
         }
     )
-    return b'{"embeddings":', b"," + tail[1:]
+    parts = [b'{"embeddings":[']
+    for row in rows:
+        parts += (row, b",")
+    parts[-1] = b"]," + tail[1:]
+    return parts

@@ -115,7 +115,7 @@ class FakeStore:
         self.enabled = True
         self.connected = True
         self.gated = False
-        self.on_epoch: Callable[[int], object] = int
+        self.on_epoch: Callable[[int], None] = lambda epoch: None
         self.epoch = 0
         self.kept: dict[tuple[int, bytes], bytes] = {}
         self.card: ModelCard | None = None

@@ -26,15 +26,17 @@ CONTRACT = "ml_base.wire ml_base.native ml_base.asgi ml_base.errors"
 # module (with all that is below it) -> the modules of this project it may import
 ARROWS = {
     "embedding_service": "",
-    "embedding_service.__main__": "config app ml_base.asgi",
+    "embedding_service.__main__": "app board config metrics workers ml_base.asgi",
+    "embedding_service.workers": "",
     "embedding_service.config": "",
     "embedding_service.app": f"* {CONTRACT}",
     "embedding_service.service": f"* {CONTRACT}",
-    "embedding_service.api": f"api ask catalog config embedder errors metrics service singleflight {CONTRACT}",
+    "embedding_service.api": f"api ask catalog config embedder errors metrics service singleflight vectors {CONTRACT}",
     "embedding_service.embedder": (
         "admission ask catalog entry errors fill lru metrics singleflight upstream ml_base.wire"
     ),
-    "embedding_service.ask": "entry metrics singleflight ml_base.wire",
+    "embedding_service.ask": "entry metrics singleflight vectors ml_base.wire",
+    "embedding_service.vectors": "entry ml_base.native",
     "embedding_service.fill": "catalog entry errors lru metrics singleflight upstream ml_base.wire",
     "embedding_service.admission": "errors ml_base.wire",
     "embedding_service.catalog": "entry errors metrics ml_base.native ml_base.wire",
@@ -44,7 +46,8 @@ ARROWS = {
     "embedding_service.redis_cache": "entry metrics ml_base.wire",
     "embedding_service.upstream": "admission entry errors metrics singleflight ml_base.wire",
     "embedding_service.errors": "ml_base.errors",
-    "embedding_service.metrics": "",
+    "embedding_service.metrics": "board",
+    "embedding_service.board": "",
     "ml_base": "",
     "ml_base.__main__": "app asgi config models threads",
     "ml_base.config": "",
@@ -65,9 +68,11 @@ ARROWS = {
 # modules that may import nothing but the standard library and what their row above allows
 STDLIB_ONLY = {
     "embedding_service.entry",
+    "embedding_service.board",
     "embedding_service.errors",
     "embedding_service.lru",
     "embedding_service.singleflight",
+    "embedding_service.workers",
     "ml_base.errors",
     "ml_base.threads",
 }

@@ -37,7 +37,7 @@ def router(service: Service) -> APIRouter:
             "ml_base_connected": service.catalog.reachable,
             "edition": service.settings.edition,
             "uptime_seconds": round(service.metrics.uptime_s(), 3),
-            "total_requests": service.metrics.requests,
+            "total_requests": service.metrics.requests.total,
         }
         return _json(body | {"reasons": reasons} if reasons else body, 503 if reasons else 200)
 
@@ -58,7 +58,9 @@ def router(service: Service) -> APIRouter:
 
     @ops.post("/cache/clear", summary="Forget every cached vector, in every gateway and in Redis.")
     async def cache_clear() -> Response:
-        l1, l2 = await service.fill.clear()
+        service.metrics.publish()
+        l1 = service.l1_figures["size"].total  # of all processes: the others clear before their next look-up
+        l2 = await service.fill.clear()
         note = {} if l2 is not None or not service.store.enabled else {"note": "Redis is away; cleared when it is back"}
         return _json({"status": "cleared", "l1_cleared": l1, "l2_cleared": l2, **note})
 
@@ -71,27 +73,29 @@ def router(service: Service) -> APIRouter:
 
 def cache_figures(service: Service) -> dict[str, dict[str, Any]]:
     """Per text: l1.hits + l2.hits + joined + misses = requests; texts that failed count as misses."""
-    metrics, l1 = service.metrics, service.l1
-    count = metrics.outcomes
+    metrics = service.metrics
+    metrics.publish()
+    l1 = {name: figure.total for name, figure in service.l1_figures.items()}
+    count = metrics.totals()
     requests = sum(count.values())
     hits = requests - count[Outcome.UPSTREAM] - count[Outcome.FAILED]
-    looked_up = metrics.l2_lookups
+    looked_up = {result: figure.total for result, figure in metrics.l2_lookups.items()}
     return {
         "l1": {
-            "size": len(l1),
-            "max_size": l1.max_entries,
-            "bytes": l1.bytes,
+            "size": l1["size"],
+            "max_size": l1["max_size"],
+            "bytes": l1["bytes"],
             "hits": count[Outcome.L1],
             "misses": requests - count[Outcome.L1],
             "hit_rate": _rate(count[Outcome.L1], requests),
-            "evictions": l1.evictions,
-            "expired": l1.expired,
+            "evictions": l1["evictions"],
+            "expired": l1["expired"],
         },
         "l2": {
             "hits": count[Outcome.L2],
             "misses": looked_up["miss"],
             "hit_rate": _rate(looked_up["hit"], looked_up["hit"] + looked_up["miss"]),
-            "errors": metrics.l2_error_count(),
+            "errors": sum(figure.total for figure in metrics.l2_errors.values()),
             "enabled": service.store.enabled,
             "connected": service.store.connected,
         },

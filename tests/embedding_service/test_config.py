@@ -36,7 +36,7 @@ def test_defaults_are_the_contracts() -> None:
         ("REDIS_ENABLED", "perhaps", "REDIS_ENABLED: "),
         ("ML_BASE_URL", "ml-base-lb", "ML_BASE_URL: "),
         ("ML_BASE_TIMEOUT", "0", "ML_BASE_TIMEOUT: Input should be greater than 0, got '0'"),
-        ("EMBEDDING_WORKERS", "2", "EMBEDDING_WORKERS: Input should be less than or equal to 1, got '2'"),
+        ("EMBEDDING_WORKERS", "0", "EMBEDDING_WORKERS: Input should be greater than or equal to 1, got '0'"),
         ("MAX_TEXT_BYTES", str(1 << 30), "MAX_TEXT_BYTES 1073741824 is above MAX_BODY_BYTES 33554432"),
     ],
 )

@@ -313,7 +313,7 @@ async def test_every_text_is_counted_once(gateway: Gateway) -> None:
     await embed(gateway, "a", "c")
     with pytest.raises(UnknownModel):
         await gateway.embedder.embed(ask("a", "b", model_id="unknown"))
-    assert gateway.metrics.outcomes == {L1: 1, L2: 0, JOINED: 1, UPSTREAM: 3, FAILED: 2}
+    assert gateway.metrics.totals() == {L1: 1, L2: 0, JOINED: 1, UPSTREAM: 3, FAILED: 2}
 
 
 async def test_an_unknown_prompt_is_refused_with_the_known_ones(gateway: Gateway) -> None:

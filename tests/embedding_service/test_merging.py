@@ -166,7 +166,7 @@ class Merging(RuleBasedStateMachine):
         self.every_vector_is_its_own_texts()
         self.failures_are_told_as_problems()
         assert all(task.done() for _, task in self.requests)
-        assert sum(gateway.metrics.outcomes.values()) == self.sent
+        assert sum(gateway.metrics.totals().values()) == self.sent
         assert len(gateway.flights) == 0
         assert [gateway.admission.pending_bytes(lane) for lane in Lane] == [0, 0]
         self.run(gateway.close())

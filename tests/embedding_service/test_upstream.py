@@ -199,5 +199,5 @@ async def test_a_connection_cut_after_the_request_is_told_as_broken() -> None:
         task = await start(gateway, "a")
         with pytest.raises(Unavailable, match="the connection broke: ServerDisconnectedError"):
             await task
-    assert gateway.metrics.upstream_retries._value.get() == 1
+    assert gateway.metrics.upstream_retries.own == 1
     await gateway.close()

@@ -94,6 +94,12 @@ async def test_a_reply_in_parts_declares_its_whole_length() -> None:
     assert (sent.status, sent.body) == (200, b"abc")
     assert sent.headers[b"content-length"] == b"3"
     assert sent.headers[b"x-a"] == b"b"
+    assert len(sent.messages) == 2, "small parts are sent as one"
+
+
+async def test_a_large_reply_goes_out_part_by_part() -> None:
+    sent = Sent()
+    await asgi.send_bytes(sent, 200, [b"a" * asgi.JOIN_BYTES, b"c"])
     assert [message.get("more_body") for message in sent.messages[1:]] == [True, False]
 
 
@@ -148,13 +154,13 @@ class Watched:
         async def raw(scope: Scope, receive: Receive, send: Send) -> None:
             await asgi.send_bytes(send, 200, [scope["state"]["request_id"].encode()])
 
+        @app.post("/raw")
         def documented() -> str:
             """What the document says."""
             raise AssertionError
 
-        app.router.routes.insert(0, asgi.AsgiRoute("/raw", documented, asgi=raw, methods=["POST"]))
         asgi.answer_unknown_routes(app)
-        self.app = asgi.Edge(app, observe=self.observe, draining=lambda: self.draining)
+        self.app = asgi.Edge(app, direct={"/raw": raw}, observe=self.observe, draining=lambda: self.draining)
 
     def observe(self, scope: Scope, status: int, seconds: float) -> None:
         self.observed.append((scope["path"], status, seconds))
@@ -198,7 +204,7 @@ async def test_a_request_without_a_reply_is_observed_as_hung_up() -> None:
     async def silent(scope: Scope, receive: Receive, send: Send) -> None:
         return
 
-    edge = asgi.Edge(silent, observe=lambda _s, status, _t: statuses.append(status), draining=lambda: False)
+    edge = asgi.Edge(silent, direct={}, observe=lambda _s, status, _t: statuses.append(status), draining=lambda: False)
     await edge(scope_with(), receive_of(), Sent())
     assert statuses == [499]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
@@ -157,15 +158,29 @@ def test_cutting_then_normalising_gives_unit_vectors_and_a_zero_row_stays_zero()
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 300])
 def test_rows_written_in_pieces_are_one_json_document(rows: int) -> None:
     vectors = np.linspace(-1, 1, rows * 4, dtype=np.float32).reshape(rows, 4)
-    pieces = list(native.rows_as_json(vectors))
-    assert len(pieces) == -(-rows // native.ROWS_PER_CHUNK) + 1
-    assert np.array_equal(np.array(json.loads(b"".join(pieces)), np.float32), vectors)
+    pieces = list(native.encode_rows(vectors, None))
+    assert len(pieces) == -(-rows // native.ROWS_PER_CHUNK)
+    assert np.array_equal(np.array(json.loads(b"[" + b",".join(pieces) + b"]"), np.float32), vectors)
+
+
+def test_base64_rows_are_little_endian_floats() -> None:
+    vectors = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
+    [piece] = native.encode_rows(vectors, "base64")
+    rows = [np.frombuffer(base64.b64decode(row, validate=True), "<f4") for row in json.loads(b"[" + piece + b"]")]
+    assert np.array_equal(rows, vectors)
+
+
+def test_what_the_model_normalised_is_not_touched_again() -> None:
+    vectors = np.random.default_rng(0).standard_normal((3, 384)).astype(np.float32)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert np.array_equal(native.shape(unit, dimensions=None, normalize=True), unit)
 
 
 def test_a_reply_around_its_rows_is_what_the_documentation_promises() -> None:
     vectors = np.ones((2, 4), np.float32)
-    head, tail = native.reply_around(vectors, model="m", took_s=0.0125, cached=1, edition="simple")
-    reply = json.loads(b"".join((head, *native.rows_as_json(vectors), tail)))
+    rows = list(native.encode_rows(vectors, None))
+    parts = native.assemble_reply(rows, dimension=4, texts=2, model="m", took_s=0.0125, cached=1, edition="simple")
+    reply = json.loads(b"".join(parts))
     assert native.EmbedReply.model_validate(reply).model_dump() == reply
     assert reply["processing_time_ms"] == 12.5
     assert (reply["dimension"], reply["batch_size"], reply["cached_count"]) == (4, 2, 1)

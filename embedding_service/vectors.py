@@ -1,0 +1,73 @@
+"""From cached bytes to what a reply carries: cut, normalised, as JSON or base64.
+
+Turning 384 floats into digits costs more than everything else on the path of a cached text. So the hottest entries keep
+the JSON of their last reply, within a bound of bytes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ml_base.native import ROWS_PER_CHUNK, encode_rows, shape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from embedding_service.entry import Entry
+
+KEEP_ONE_IN = 8
+"""Of the vectors turned into JSON, one in so many keeps it: a hot one has it soon, while vectors that are rarely asked
+for seldom push one out."""
+
+
+def matrix(entries: Sequence[Entry]) -> NDArray[np.float32]:
+    """The model's own vectors, float32 [entries, dimension]."""
+    joined = b"".join([entry.vector for entry in entries])
+    return np.frombuffer(joined, "<f4").reshape(len(entries), -1)
+
+
+class Renderer:
+    """Encodes entries for replies. Keeps at most `max_ready_bytes` of JSON; what was made first goes first."""
+
+    def __init__(self, *, max_ready_bytes: int) -> None:
+        self.ready_bytes = 0
+        self._max_ready_bytes = max_ready_bytes
+        self._ready: deque[Entry] = deque()
+        self._made = 0
+
+    def __repr__(self) -> str:
+        return f"<Renderer {len(self._ready)} ready, {self.ready_bytes} of {self._max_ready_bytes} bytes>"
+
+    def rows(
+        self, entries: Sequence[Entry], *, dimensions: int | None, normalize: bool, encoding_format: str | None
+    ) -> Iterator[bytes]:
+        """Encoded vectors, comma separated, a chunk at a time, so that a caller may yield to the loop in between."""
+        plain = dimensions is None and normalize and encoding_format != "base64"
+        for start in range(0, len(entries), ROWS_PER_CHUNK):
+            chunk = entries[start : start + ROWS_PER_CHUNK]
+            if plain:
+                yield b",".join([entry.ready or self._render(entry) for entry in chunk])
+            else:
+                vectors = shape(matrix(chunk), dimensions=dimensions, normalize=normalize)
+                yield from encode_rows(vectors, encoding_format)
+
+    def _render(self, entry: Entry) -> bytes:
+        [row] = encode_rows(shape(matrix([entry]), dimensions=None, normalize=True), None)
+        self._made += 1
+        if self._made % KEEP_ONE_IN == 0:
+            self._keep(entry, row)
+        return row
+
+    def _keep(self, entry: Entry, row: bytes) -> None:
+        entry.ready = row
+        self._ready.append(entry)
+        self.ready_bytes += len(row)
+        while self.ready_bytes > self._max_ready_bytes:
+            oldest = self._ready.popleft()
+            self.ready_bytes -= len(oldest.ready or b"")
+            oldest.ready = None
