@@ -49,10 +49,11 @@ class Answer:
 
     def tokens(self) -> int:
         """Tokens the model read, over all texts; the same for a cached text as for a computed one."""
-        return sum(min(entry.tokens, self.card.max_tokens) for entry in self.entries)
+        limit = self.card.max_tokens
+        return sum([min(entry.tokens, limit) for entry in self.entries])
 
     def truncated_count(self) -> int:
-        return sum(entry.truncated for entry in self.entries)
+        return sum([entry.truncated for entry in self.entries])
 
     def cached_count(self) -> int:
-        return sum(outcome in CACHED for outcome in self.outcomes)
+        return sum([outcome in CACHED for outcome in self.outcomes])

@@ -17,6 +17,10 @@ import hashlib
 import struct
 import zlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _HEADER = struct.Struct("<2sBBIIId")
 _MAGIC = b"EV"
@@ -32,8 +36,8 @@ _OVERHEAD_BYTES = 450  # key, Entry, ints, floats and the LRU's link to them; me
 class Entry:
     """One text's vector (float32, little-endian, as bytes) and what a reply must tell of it. Not to be changed.
 
-    `ready` is the exception: JSON made for an earlier reply, put there and taken away by `vectors.Renderer`. (Not
-    frozen, since that triples what making one costs.)
+    But for two fields that belong to `vectors`: `ready` is JSON made for an earlier reply, `unit` whether the vector
+    has unit length, once that has been found out. (Not frozen, since that triples what making one costs.)
     """
 
     vector: bytes
@@ -41,6 +45,7 @@ class Entry:
     truncated: bool
     expires_at: float
     ready: bytes | None = field(default=None, compare=False, repr=False)
+    unit: bool | None = field(default=None, compare=False, repr=False)
 
     @property
     def dimension(self) -> int:
@@ -100,8 +105,15 @@ class KeySpace:
             raw = part.encode()
             self._prefix.update(len(raw).to_bytes(8, "little") + raw)
 
+    def keys(self, texts: Iterable[str]) -> list[bytes]:
+        """`KEY_BYTES` bytes for each text; equal for equal texts only."""
+        copy = self._prefix.copy
+        keys = []
+        for text in texts:
+            digest = copy()
+            digest.update(text.encode())
+            keys.append(digest.digest())
+        return keys
+
     def key(self, text: str) -> bytes:
-        """`KEY_BYTES` bytes; equal for equal texts only."""
-        digest = self._prefix.copy()
-        digest.update(text.encode())
-        return digest.digest()
+        return self.keys((text,))[0]

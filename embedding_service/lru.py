@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Iterable
 
 V = TypeVar("V")
 
@@ -48,6 +48,19 @@ class LRU(Generic[V]):
             return None
         self._items.move_to_end(key)
         return value
+
+    def get_all(self, keys: Iterable[Hashable]) -> list[V] | None:
+        """The values of all keys, each now recently used; None as soon as one is missing or its time is over."""
+        now = self._clock()
+        items, touch = self._items, self._items.move_to_end
+        values = []
+        for key in keys:
+            item = items.get(key)
+            if item is None or item[0] <= now:
+                return None
+            touch(key)
+            values.append(item[1])
+        return values
 
     def put(self, key: Hashable, value: V, *, expires_at: float) -> None:
         """Stores `value` until `expires_at` (seconds of the clock), replacing what was there."""

@@ -30,6 +30,10 @@ NEVER = math.inf
 """The deadline of a request that set none."""
 
 
+SOON_S = 0.02
+"""What L2 answers is there by then, and a caller who has hung up is noticed early enough after it."""
+
+
 class State(enum.Enum):
     """A flight only moves forward."""
 
@@ -78,6 +82,9 @@ class Ticket:
 
     async def wait(self, *, deadline: float, gone: Callable[[], Coroutine[None, None, None]] | None) -> Ended:
         """Until landed, until `deadline` on the monotonic clock, or until `gone()` returns: whichever comes first."""
+        await self._landing_soon(deadline)
+        if self.landed.done():
+            return Ended.LANDED
         watched: set[asyncio.Future[None]] = {self.landed}
         leaving = None if gone is None else asyncio.create_task(gone())
         if leaving is not None:
@@ -91,6 +98,23 @@ class Ticket:
         finally:
             if leaving is not None:
                 leaving.cancel()
+
+    async def _landing_soon(self, deadline: float) -> None:
+        """Until landed, but not for long: what comes from L2 is spared the watch over its caller, which costs more."""
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[None] = loop.create_future()
+
+        def end(_: object = None) -> None:
+            if not over.done():
+                over.set_result(None)
+
+        timer = loop.call_later(min(SOON_S, max(0.0, deadline - time.monotonic())), end)
+        self.landed.add_done_callback(end)
+        try:
+            await over
+        finally:
+            timer.cancel()
+            self.landed.remove_done_callback(end)
 
     def _one_settled(self, *, failed: bool) -> None:
         self._left -= 1

@@ -6,12 +6,14 @@ the JSON of their last reply, within a bound of bytes.
 
 from __future__ import annotations
 
+from binascii import b2a_base64
 from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
+import orjson
 
-from ml_base.native import ROWS_PER_CHUNK, encode_rows, shape
+from ml_base.native import ROWS_PER_CHUNK, UNIT_TOLERANCE, encode_rows, shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,6 +33,14 @@ def matrix(entries: Sequence[Entry]) -> NDArray[np.float32]:
     return np.frombuffer(joined, "<f4").reshape(len(entries), -1)
 
 
+def unit_vector(entry: Entry) -> bytes:
+    """The vector at unit length; its own bytes if the model has normalised it."""
+    if entry.unit is None:
+        vector = np.frombuffer(entry.vector, "<f4")
+        entry.unit = bool(abs(np.dot(vector, vector) - 1) <= UNIT_TOLERANCE)
+    return entry.vector if entry.unit else shape(matrix([entry]), dimensions=None, normalize=True).tobytes()
+
+
 class Renderer:
     """Encodes entries for replies. Keeps at most `max_ready_bytes` of JSON; what was made first goes first."""
 
@@ -47,17 +57,19 @@ class Renderer:
         self, entries: Sequence[Entry], *, dimensions: int | None, normalize: bool, encoding_format: str | None
     ) -> Iterator[bytes]:
         """Encoded vectors, comma separated, a chunk at a time, so that a caller may yield to the loop in between."""
-        plain = dimensions is None and normalize and encoding_format != "base64"
+        plain = dimensions is None and normalize
         for start in range(0, len(entries), ROWS_PER_CHUNK):
             chunk = entries[start : start + ROWS_PER_CHUNK]
-            if plain:
-                yield b",".join([entry.ready or self._render(entry) for entry in chunk])
-            else:
+            if not plain:
                 vectors = shape(matrix(chunk), dimensions=dimensions, normalize=normalize)
                 yield from encode_rows(vectors, encoding_format)
+            elif encoding_format == "base64":
+                yield b",".join([b'"%b"' % b2a_base64(unit_vector(entry), newline=False) for entry in chunk])
+            else:
+                yield b",".join([entry.ready or self._render(entry) for entry in chunk])
 
     def _render(self, entry: Entry) -> bytes:
-        [row] = encode_rows(shape(matrix([entry]), dimensions=None, normalize=True), None)
+        row = orjson.dumps(np.frombuffer(unit_vector(entry), "<f4"), option=orjson.OPT_SERIALIZE_NUMPY)
         self._made += 1
         if self._made % KEEP_ONE_IN == 0:
             self._keep(entry, row)

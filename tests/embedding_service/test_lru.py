@@ -65,6 +65,19 @@ def test_clearing_says_how_many_and_leaves_no_bytes() -> None:
     assert (len(cache), cache.bytes) == (0, 0)
 
 
+def test_all_or_none_of_several_keys_are_found_and_found_ones_count_as_used() -> None:
+    clock = Clock()
+    cache = clock.lru(2)
+    cache.put("a", b"1", expires_at=9)
+    cache.put("b", b"2", expires_at=5)
+    assert cache.get_all(["b", "a", "b"]) == [b"2", b"1", b"2"]
+    assert cache.get_all(["a", "c"]) is None
+    cache.put("c", b"3", expires_at=9)
+    assert cache.get("b") is None, "a was used last"
+    clock.now = 9.0
+    assert cache.get_all(["a"]) is None
+
+
 @given(
     st.integers(0, 4),
     st.lists(st.tuples(st.sampled_from("putget"), st.integers(0, 6), st.binary(max_size=5), st.integers(0, 9))),
