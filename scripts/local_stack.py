@@ -231,6 +231,7 @@ class LocalStack:
                 "ML_BASE_PORT": str(port),
                 "INSTANCE_ID": f"ml-base-{number}",
                 "ML_BASE_REPLICAS_PER_HOST": str(of),
+                "ML_BASE_CACHE_DIR": self._env.get("ML_BASE_CACHE_DIR", str(ROOT / ".local" / "models")),
                 "ML_BASE_DRAIN_S": str(REPLICA_DRAIN_S),
             },
         )

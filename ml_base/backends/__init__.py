@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -16,6 +17,16 @@ Direction = Literal["left", "right"]
 
 class UnsupportedModelError(Exception):
     """The model loads, but this server cannot serve it; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """`local`: look nowhere but in the folder or the hub's cache. `cache_dir` keeps what was converted."""
+
+    local: bool
+    threads: int
+    cache_dir: Path
+    dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,9 @@ class Backend(Protocol):
     def prompts(self) -> Mapping[str, str]: ...
     @property
     def default_prompt_name(self) -> str | None: ...
+    @property
+    def self_test(self) -> float | None:
+        """Lowest cosine to the reference, found at load; None for the reference itself."""
 
     def identity(self) -> bytes:
         """A digest of all that decides a vector and is not in the card: weights, modules, tokenizer."""

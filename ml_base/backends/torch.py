@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as transformers_logging
 
-from ml_base.backends import Direction, Tokenized, UnsupportedModelError
+from ml_base.backends import Direction, LoadOptions, Tokenized, UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,14 +32,21 @@ _NO_LIMIT_TOKENS = 1_000_000
 """A tokenizer without a limit of its own says 1e30 or so."""
 
 
-def load(name_or_path: str, *, local: bool, threads: int) -> TorchBackend:
+def load(name_or_path: str, options: LoadOptions) -> TorchBackend:
     """The model of a folder, or of the hub. Raises what sentence-transformers raises, or `UnsupportedModelError`."""
-    torch.set_num_threads(threads)
+    if options.dtype not in ("auto", "float32"):
+        raise UnsupportedModelError(f"the torch backend computes in float32, not in {options.dtype}")
+    return TorchBackend(open_model(name_or_path, options))
+
+
+def open_model(name_or_path: str, options: LoadOptions) -> SentenceTransformer:
+    """sentence-transformers' own object, on the CPU, with torch's threads set."""
+    torch.set_num_threads(options.threads)
     if torch.get_num_interop_threads() != 1:  # one slice runs at a time: there is nothing to run beside it
         torch.set_num_interop_threads(1)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers is partly typed
-    local = local or not _hub_answers(name_or_path)
-    return TorchBackend(SentenceTransformer(name_or_path, device="cpu", local_files_only=local))
+    local = options.local or not _hub_answers(name_or_path)
+    return SentenceTransformer(name_or_path, device="cpu", local_files_only=local)
 
 
 def _hub_answers(name: str) -> bool:
@@ -61,7 +68,8 @@ class TorchBackend:
     """Vectors equal `SentenceTransformer.encode`; only tokenizing is taken apart from computing."""
 
     name = "torch"
-    dtype = "float32"
+    dtype: str = "float32"
+    self_test: float | None = None
 
     def __init__(self, model: SentenceTransformer) -> None:
         self._model = model.float().eval()

@@ -88,6 +88,7 @@ class FakeBackend:
     dtype = "float32"
     max_tokens = MAX_TOKENS
     default_prompt_name = None
+    self_test: float | None = None
 
     def __init__(self, *, held: bool = False) -> None:
         self.prompts = {"query": "ask "}

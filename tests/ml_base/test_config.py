@@ -43,8 +43,8 @@ def test_only_the_documented_names_are_read(name: str, monkeypatch: pytest.Monke
     [
         ("ML_BASE_PORT", "0", "greater than or equal to 1"),
         ("ML_BASE_PORT", "http", "valid integer"),
-        ("ML_BASE_BACKEND", "openvino", "'auto' or 'torch'"),
-        ("ML_BASE_DTYPE", "bfloat16", "'auto' or 'float32'"),
+        ("ML_BASE_BACKEND", "onnx", "'auto', 'torch' or 'openvino'"),
+        ("ML_BASE_DTYPE", "int4", "'auto', 'float32' or 'bfloat16'"),
         ("ML_BASE_DEVICE", "cuda", "'auto' or 'cpu'"),
         ("ML_BASE_MODELS", "a,b", "exactly one model is served for now, got 2"),
         ("ML_BASE_MODELS", " , ", "exactly one model is served for now, got 0"),

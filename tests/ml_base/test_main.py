@@ -35,7 +35,13 @@ def free_port() -> int:
 def program(log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """`python -m ml_base`, ended whatever happens."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ML_BASE_")}
-    settings = {"ML_BASE_HOST": "127.0.0.1", "ML_BASE_THREADS": "1", **environment}
+    settings = {
+        "ML_BASE_HOST": "127.0.0.1",
+        "ML_BASE_THREADS": "1",
+        "ML_BASE_DTYPE": "float32",  # held to encode digit by digit
+        "ML_BASE_CACHE_DIR": str(log.parent / "models"),
+        **environment,
+    }
     with log.open("wb") as output:
         process = subprocess.Popen([sys.executable, "-m", "ml_base"], env=inherited | settings, stderr=output)
         try:
@@ -88,7 +94,7 @@ def test_it_serves_the_vectors_of_encode_and_drains_on_sigterm(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("environment", "code", "says"),
     [
-        ({"ML_BASE_BACKEND": "openvino"}, 2, "ml-base: ML_BASE_BACKEND: input should be 'auto' or 'torch'"),
+        ({"ML_BASE_BACKEND": "onnx"}, 2, "ml-base: ML_BASE_BACKEND: input should be 'auto', 'torch' or 'openvino'"),
         (
             {"ML_BASE_MODELS": "no-such/model", "HF_HUB_OFFLINE": "1"},
             1,

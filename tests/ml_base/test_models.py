@@ -3,12 +3,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from ml_base import errors, models
+from ml_base.backends import LoadOptions
 from ml_base.models import ModelUnavailableError, ServedModel, Source, resolve
 from ml_base.slices import SliceLimits
 from ml_base.wire import Lane
@@ -16,7 +18,6 @@ from tests.ml_base.fakes import MAX_TOKENS, FakeBackend, Notes, loaded, until, v
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
 
 def test_a_folder_is_served_under_its_own_name(tmp_path: Path) -> None:
@@ -170,30 +171,30 @@ async def test_tokenizing_and_computing_have_a_thread_each_and_neither_is_the_ev
     assert len(everyone) == len(set(everyone)) == 3
 
 
-class _Module:
-    """Stands in for a backend module."""
+def loader(outcome: Exception | FakeBackend) -> models.Loader:
+    """Stands in for a backend's function."""
 
-    def __init__(self, outcome: Exception | FakeBackend) -> None:
-        self.outcome = outcome
+    def load(name_or_path: str, options: LoadOptions) -> FakeBackend:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
-    def load(self, *_: Any, **__: Any) -> FakeBackend:
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return self.outcome
+    return load
 
 
+OPTIONS = LoadOptions(local=False, threads=1, cache_dir=Path("nowhere"))
 HUB = Source("some/model", "some/model", local=False, found_as="model hub")
 
 
 def test_whatever_a_library_raises_while_loading_is_one_line_for_the_operator() -> None:
     with pytest.raises(ModelUnavailableError) as refused:
-        models.load_with(_Module(OSError("not found\nlong advice")), HUB, threads=1)
+        models.load_with(loader(OSError("not found\nlong advice")), HUB, OPTIONS)
     assert str(refused.value) == "model 'some/model' cannot be loaded from the model hub: OSError: not found"
 
 
 def test_a_loaded_model_is_warm_and_knows_its_dimension() -> None:
     backend = FakeBackend()
-    card = models.load_with(_Module(backend), HUB, threads=1).card
+    card = models.load_with(loader(backend), HUB, OPTIONS).card
     assert (card.id, card.dimension, card.max_tokens, card.prompts) == ("some/model", 4, MAX_TOKENS, {"query": "ask "})
     assert len(backend.model.slices) >= 3
 
@@ -203,7 +204,7 @@ def test_the_fingerprint_changes_with_whatever_changes_a_vector() -> None:
         backend = FakeBackend()
         for name, value in changes.items():
             setattr(backend, name, value)
-        return models.load_with(_Module(backend), HUB, threads=1).card.fingerprint
+        return models.load_with(loader(backend), HUB, OPTIONS).card.fingerprint
 
     variants = [
         fingerprint(),

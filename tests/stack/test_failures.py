@@ -86,7 +86,8 @@ def test_a_replica_that_drains_under_load_loses_nothing(stack: LocalStack) -> No
 def test_with_two_replicas_down_validate_scaling_names_them(stack: LocalStack) -> None:
     for replica in stack.replicas[1:]:
         replica.stop()
-    wait_until(lambda: up(stack) == 1, "HAProxy has noticed", timeout_s=10)
+    gone = [replica.name for replica in stack.replicas[1:]]
+    wait_until(lambda: {stack.servers()[name] for name in gone} == {"DOWN"}, "HAProxy has noticed", timeout_s=10)
     code, out, err = run_script(
         "validate_scaling.py", "--url", stack.url, "--stats-url", stack.stats_url, "--requests", "12"
     )

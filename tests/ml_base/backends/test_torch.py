@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from ml_base.backends import UnsupportedModelError
+from ml_base.backends import LoadOptions, UnsupportedModelError
 from ml_base.backends.torch import TorchBackend, load
 from ml_base.models import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -38,6 +38,7 @@ TEXTS = [
 ]
 PROMPT = "search query: "
 MAX_TOKENS = 256
+OPTIONS = LoadOptions(local=True, threads=1, cache_dir=Path("nowhere"))
 
 
 def fresh() -> SentenceTransformer:
@@ -51,7 +52,7 @@ def reference() -> SentenceTransformer:
 
 @pytest.fixture(scope="module")
 def backend() -> TorchBackend:
-    return load(resolve("all-MiniLM-L6-v2").location, local=True, threads=1)
+    return load(resolve("all-MiniLM-L6-v2").location, OPTIONS)
 
 
 def embed(
@@ -147,7 +148,7 @@ def test_the_card_of_the_default_model(backend: TorchBackend) -> None:
 
 def test_the_same_model_has_the_same_identity_wherever_it_lies(backend: TorchBackend, tmp_path: Path) -> None:
     fresh().save(str(tmp_path / "copy"), create_model_card=False)
-    assert load(str(tmp_path / "copy"), local=True, threads=1).identity() == backend.identity()
+    assert load(str(tmp_path / "copy"), OPTIONS).identity() == backend.identity()
 
 
 def _one_weight(model: Any) -> None:

@@ -1,0 +1,154 @@
+"""The same model with its transformer computed by OpenVINO: tokenizer, pooling, normalisation and prompts stay its own.
+
+Converting takes seconds, so the result is kept on disk under the digest of what was converted, together with the
+vectors that torch computes of the self-test's texts. It is written to a folder of its own and renamed into place while
+a lock is held, so that replicas which start at once convert it once and none ever reads half of it; its checksums are
+verified at every load.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import shutil
+import warnings
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import openvino
+import torch
+
+from ml_base import selftest
+from ml_base.backends import UnsupportedModelError
+from ml_base.backends.torch import TorchBackend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from sentence_transformers import SentenceTransformer
+
+log = logging.getLogger(__name__)
+
+PRECISION = {"float32": "f32", "bfloat16": "bf16"}
+
+_REFERENCE = "reference.npy"
+_FILES = ("model.xml", "model.bin", _REFERENCE)
+_MANIFEST = "sha256.json"
+
+
+class OpenVinoBackend(TorchBackend):
+    """Vectors within rounding of the torch backend's: `ml_base.selftest` says how near, and is asked at every load."""
+
+    name = "openvino"
+
+    def __init__(self, model: SentenceTransformer, *, threads: int, dtype: str, cache_dir: Path) -> None:
+        super().__init__(model)
+        self.dtype = dtype
+        self._identity: bytes = super().identity() + str(openvino.__version__).encode()
+        digest = hashlib.sha256(self._identity).hexdigest()[:32]
+        folder = converted(self._model, cache_dir / "openvino" / digest, reference=partial(selftest.vectors, self))
+        self.reference: selftest.Vectors = np.load(folder / _REFERENCE, allow_pickle=False)
+        self._replace_transformer(_compile(folder, threads=threads, dtype=dtype))
+
+    def __repr__(self) -> str:
+        return f"<OpenVinoBackend {self.dtype} max_tokens={self.max_tokens}>"
+
+    def identity(self) -> bytes:
+        return self._identity
+
+    def _replace_transformer(self, compiled: Any) -> None:
+        names = [port.any_name for port in compiled.inputs]
+        request = compiled.create_infer_request()  # one: only the inference thread comes here
+
+        def forward(features: dict[str, Any], **_: Any) -> dict[str, Any]:
+            inputs = {name: features[name].numpy() for name in names}
+            hidden = request.infer(inputs, share_inputs=True)["last_hidden_state"]  # a copy: outputs are not shared
+            return features | {"token_embeddings": torch.from_numpy(hidden)}
+
+        transformer: Any = self._model[0]
+        transformer.forward = forward
+
+
+def _compile(folder: Path, *, threads: int, dtype: str) -> Any:
+    settings = {
+        "INFERENCE_PRECISION_HINT": PRECISION[dtype],  # always named: the default is what the CPU likes best
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # it pins the threads of every replica to the same first cores (measured)
+    }
+    try:
+        return openvino.Core().compile_model(folder / _FILES[0], "CPU", settings)
+    except RuntimeError as problem:
+        raise UnsupportedModelError(f"OpenVINO cannot compile the model: {_first_line(problem)}") from None
+
+
+def converted(model: SentenceTransformer, folder: Path, *, reference: Callable[[], selftest.Vectors]) -> Path:
+    """The folder of the converted transformer, made if it is missing or damaged. Raises `UnsupportedModelError`.
+
+    `reference` is called while `model` still computes with torch.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock")):
+            if not _intact(folder):
+                _convert(model, folder, reference())
+    except OSError as problem:
+        raise UnsupportedModelError(
+            f"the converted model cannot be kept in {folder.parent}: {problem.strerror}"
+        ) from None
+    return folder
+
+
+def _convert(model: SentenceTransformer, folder: Path, reference: selftest.Vectors) -> None:
+    new = folder.with_suffix(".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    features = model.preprocess(["a", "a longer example"])
+    example = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
+    transformer: Any = model[0]
+    try:
+        with warnings.catch_warnings():
+            # tracing warns of every branch it fixes, and of itself; the self-test tells whether any of it mattered
+            warnings.simplefilter("ignore")
+            graph = openvino.convert_model(transformer.auto_model, example_input=example)
+        openvino.save_model(graph, new / _FILES[0], compress_to_fp16=False)  # compressed by default, which costs digits
+    except Exception as problem:  # whatever tracing a model may raise
+        raise UnsupportedModelError(f"OpenVINO cannot convert the model: {_first_line(problem)}") from problem
+    np.save(new / _REFERENCE, reference, allow_pickle=False)
+    (new / _MANIFEST).write_text(json.dumps(_checksums(new)))
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+    log.info("converted the model for OpenVINO into %s", folder)
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        expected = json.loads((folder / _MANIFEST).read_text())
+        return bool(expected == _checksums(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    sums = {}
+    for name in _FILES:
+        with (folder / name).open("rb") as file:
+            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the kernel frees the lock of one that dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).strip().partition("\n")[0][:300]
