@@ -8,6 +8,7 @@ The order of the run: health, one request, a concurrent load of texts nobody has
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -54,4 +55,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, without a traceback
     sys.exit(main())
