@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -82,6 +83,8 @@ def _serve(settings: Settings, listener: socket.socket, metrics: Metrics, *, lif
         timeout_keep_alive=KEEP_ALIVE_S,
         backlog=2048,
     )
+    gc.collect()
+    gc.freeze()  # what was imported stays: to walk over it again and again would hold the loop for tens of ms each time
     server = DrainingServer(config, drain_s=settings.drain_s, finish_s=settings.stop_s, on_drain=service.drain)
     server.run(sockets=[listener])
 

@@ -242,6 +242,7 @@ class Upstream:
         try:
             result = await self._embed(state.lane, piece)
             self._metrics.upstream_calls["ok"].inc()
+            self._admission.drained(sum(flight.payload.work_bytes for flight in piece))
         except (Problem, StartOver) as problem:
             result = problem
             self._count_failure(problem)
@@ -251,7 +252,6 @@ class Upstream:
         finally:
             state.calls -= 1
             self._metrics.upstream_duration.observe(time.monotonic() - started)
-            self._admission.drained(sum(flight.payload.work_bytes for flight in piece))
             self.on_reply(piece, result)
             self._start_calls(state)
 
