@@ -7,13 +7,9 @@ from typing import TYPE_CHECKING
 
 from embedding_service.metrics import CACHED, Outcome
 from embedding_service.singleflight import NEVER
-from embedding_service.vectors import matrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
 
     from embedding_service.entry import Entry
     from ml_base.wire import Lane, ModelCard
@@ -42,10 +38,6 @@ class Answer:
     card: ModelCard
     entries: Sequence[Entry]
     outcomes: Sequence[Outcome]
-
-    def vectors(self) -> NDArray[np.float32]:
-        """The model's own vectors, float32 [texts, dimension]."""
-        return matrix(self.entries)
 
     def tokens(self) -> int:
         """Tokens the model read, over all texts; the same for a cached text as for a computed one."""

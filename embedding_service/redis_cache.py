@@ -121,10 +121,11 @@ class RedisCache:
     async def get_many(self, epoch: int, keys: Sequence[bytes]) -> dict[bytes, Entry]:
         """The valid entries among `keys`; fewer, down to none, when Redis is slow, away or has been cleared.
 
-        A call of the client library costs ten times what one more key costs. So while all reads are busy, look-ups of
-        different requests wait, and leave together when one comes back; when one is free they leave at once.
+        A call of the client library costs forty times what one more key costs (0.09 ms, 0.002 ms). So while all reads
+        are busy, look-ups of different requests wait, and leave together when one comes back; when one is free they
+        leave at once.
         """
-        if not self.connected or not keys:
+        if not self.connected or self._closing or not keys:
             return {}
         look_up = _LookUp(epoch, keys, asyncio.get_running_loop().create_future())
         self._look_ups.append(look_up)
@@ -132,7 +133,7 @@ class RedisCache:
         return await look_up.found
 
     def _start_reads(self) -> None:
-        while self._look_ups and self._reads < MAX_READS:
+        while self._look_ups and self._reads < MAX_READS and not self._closing:
             batch = self._next_batch()
             self._reads += 1
             task = asyncio.create_task(self._read(batch))

@@ -20,6 +20,7 @@ from embedding_service.errors import (
     UnknownModel,
 )
 from embedding_service.metrics import Outcome
+from embedding_service.vectors import matrix
 from ml_base.wire import Lane, ModelCard
 from tests.fakes import CARD, OTHER_CARD, Gateway, model, settle
 
@@ -63,7 +64,7 @@ async def test_a_text_is_computed_once_and_then_found_in_l1(gateway: Gateway) ->
     assert (await embed(gateway, "a")).outcomes == [UPSTREAM]
     again = await embed(gateway, "a")
     assert again.outcomes == [L1]
-    np.testing.assert_array_equal(again.vectors(), [model("a", CARD)])
+    np.testing.assert_array_equal(matrix(again.entries), [model("a", CARD)])
     assert len(gateway.balancer.sent) == 1
 
 
@@ -80,7 +81,7 @@ async def test_the_reply_is_in_request_order_whatever_came_from_where(gateway: G
     await embed(gateway, "in l1")
     texts = ["new", "in l1", "newer", "in l2", "new"]
     answer = await embed(gateway, *texts)
-    np.testing.assert_array_equal(answer.vectors(), [model(text, CARD) for text in texts])
+    np.testing.assert_array_equal(matrix(answer.entries), [model(text, CARD) for text in texts])
     assert answer.outcomes == [UPSTREAM, L1, UPSTREAM, L2, JOINED]
     assert answer.cached_count() == 3
 
@@ -140,7 +141,7 @@ async def test_a_failed_piece_fails_its_own_texts_and_caches_nothing(gateway: Ga
     assert (await embed(gateway, "b" * 60)).outcomes == [L1]
 
 
-async def test_a_deadline_ends_the_wait_but_not_the_work(gateway: Gateway) -> None:
+async def test_a_deadline_ends_the_wait(gateway: Gateway) -> None:
     with pytest.raises(DeadlineExceeded):
         await gateway.embedder.embed(ask("a", deadline=time.monotonic() + 0.001))
 
@@ -237,7 +238,7 @@ async def test_a_new_fingerprint_starts_over_and_never_mixes(gateway: Gateway) -
     gateway.balancer.waiting[0].answer(OTHER_CARD)
     answer = await task
     assert answer.card == OTHER_CARD
-    np.testing.assert_array_equal(answer.vectors(), [model("old", OTHER_CARD), model("new", OTHER_CARD)])
+    np.testing.assert_array_equal(matrix(answer.entries), [model("old", OTHER_CARD), model("new", OTHER_CARD)])
     assert answer.outcomes == [UPSTREAM, L1], "the first reply was kept under its own fingerprint"
 
 

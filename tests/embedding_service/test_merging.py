@@ -15,6 +15,7 @@ from embedding_service.entry import KeySpace, unpack
 from embedding_service.errors import Problem
 from embedding_service.metrics import Outcome
 from embedding_service.singleflight import State
+from embedding_service.vectors import matrix
 from ml_base.wire import Lane
 from tests.fakes import CARD, OTHER_CARD, Gateway, model, settle, token_count
 
@@ -135,7 +136,7 @@ class Merging(RuleBasedStateMachine):
     def check(self, ask: Ask, answer: Answer) -> None:
         card = CARDS[answer.card.fingerprint]
         expected = [model(text, card, card.prompt(ask.prompt_name), ask.direction) for text in ask.texts]
-        np.testing.assert_array_equal(answer.vectors(), expected)
+        np.testing.assert_array_equal(matrix(answer.entries), expected)
         assert [entry.tokens for entry in answer.entries] == [token_count(text) for text in ask.texts]
         computed = [text for text, how in zip(ask.texts, answer.outcomes, strict=True) if how is Outcome.UPSTREAM]
         assert len(computed) == len(set(computed)), "a text sent twice is computed once"
