@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import prometheus_client
 import uvicorn
 
-from ml_base import models, threads
-from ml_base.app import Replica, create_app
-from ml_base.asgi import DrainingServer, bind
-from ml_base.config import ConfigError, Settings, read_environment
+from ml_base import loading, wiring
+from ml_base.app import create_app
+from ml_base.asgi import DrainingServer
+from ml_base.config import ConfigError, read_environment
+from ml_base.listening import bind
+from ml_base.protocol import LimitedProtocol, Limits
 
 if TYPE_CHECKING:
     import socket
+
+    from ml_base.app import Replica
 
 KEEP_ALIVE_S = 75
 """Longer than HAProxy keeps an idle connection in its pool, so that it is never the replica that closes one just as
@@ -40,38 +42,18 @@ def main() -> None:
         signal.signal(ending, _leave)  # uvicorn takes over once it runs
     try:
         listener = bind(settings.host, settings.port, variables="ML_BASE_HOST, ML_BASE_PORT")
-        replica = _load(settings)
-    except (OSError, models.ModelUnavailableError) as trouble:
+        replica = wiring.build(settings)
+    except (OSError, loading.ModelUnavailableError) as trouble:
         sys.exit(_refuse(1, trouble))
     _serve(replica, listener)
     _end()
-
-
-def _load(settings: Settings) -> Replica:
-    source = models.resolve(settings.models)
-    chosen = threads.choose(wanted=settings.wanted_threads, replicas=settings.replicas_per_host)
-    log.info("threads=%d (%s)", chosen.count, chosen.reason)
-    os.environ.update(threads.environment(chosen.count))
-    if source.local:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # else a folder's model is looked up on the hub, with retries
-    gc.disable()  # importing torch makes a million objects that stay: collecting among them is a fifth of the start
-    loaded = models.load(
-        source,
-        backend=settings.backend,
-        dtype=settings.dtype,
-        threads=chosen.count,
-        cache_dir=Path(settings.cache_dir).expanduser(),
-    )
-    gc.freeze()  # nor is any later collection to walk over them: that would hold the event loop for 0.1 s
-    gc.enable()
-    return Replica(settings, loaded, chosen)
 
 
 def _serve(replica: Replica, listener: socket.socket) -> None:
     config = uvicorn.Config(
         create_app(replica),
         loop="uvloop",
-        http="httptools",
+        http=LimitedProtocol.with_limits(Limits(body_bytes=replica.settings.max_body_bytes)),
         ws="none",
         lifespan="on",
         access_log=False,  # one line an embed request is logged with what matters; health checks are noise

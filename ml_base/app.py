@@ -1,4 +1,4 @@
-"""The HTTP face of one model: `POST /embed` and the operator's routes, wired and torn down in one place."""
+"""The HTTP face of the loaded models: `POST /embed` and the operator's routes, wired and torn down in one place."""
 
 from __future__ import annotations
 
@@ -8,37 +8,56 @@ import logging
 import os
 import time
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import orjson
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from ml_base import asgi, errors, native, wire
-from ml_base.metrics import Metrics
-from ml_base.models import ServedModel
-from ml_base.slices import SliceLimits
+from ml_base.keys import bearer
+from ml_base.memory import resident_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from ml_base.config import Settings
-    from ml_base.models import LoadedModel
+    from ml_base.metrics import Metrics
+    from ml_base.models import Models
     from ml_base.threads import Threads
 
 T = TypeVar("T")
+
+EXIT_STUCK = 70  # sysexits.h: internal software error
+_MAX_NAME_BYTES = 4096  # a request that holds nothing but a model's name
 
 log = logging.getLogger(__name__)
 
 VERSION = importlib.metadata.version("embedding-service")
 
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_STATM = Path("/proc/self/statm")
+
+class TokenizeRequest(BaseModel):
+    """Texts to take apart."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    texts: Annotated[list[str], Field(min_length=1)]
+    model_id: str | None = None
+    prompt_name: str | None = None
+    add_special_tokens: bool = True
+
+
+class ModelRequest(BaseModel):
+    """A model by its id."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    model_id: str
 
 
 @dataclass(slots=True)
@@ -51,35 +70,19 @@ class _Trace:
 
 
 class Replica:
-    """One served model with what its routes share: settings, metrics, and whether it is being taken away."""
+    """The models with what the routes share: settings, metrics, and whether the replica is being taken away."""
 
-    def __init__(self, settings: Settings, loaded: LoadedModel, threads: Threads) -> None:
+    def __init__(self, settings: Settings, models: Models, metrics: Metrics, threads: Threads) -> None:
         self.settings = settings
+        self.models = models
+        self.metrics = metrics
         self.threads = threads
-        self.metrics = Metrics()
         self.draining = False
-        self.model = ServedModel(
-            loaded,
-            limits=SliceLimits(
-                max_texts=settings.max_batch_texts,
-                max_tokens=settings.batch_tokens(threads.count),
-                patience_s=settings.batch_timeout_ms / 1000,
-            ),
-            max_queue_texts=settings.max_queue_texts,
-            bulk_share=settings.bulk_share,
-            observer=self.metrics,
-            nice=settings.nice,
-        )
-        self.metrics.watch(
-            self.model.card,
-            threads=threads.count,
-            waiting=self.model.batcher.reserved,
-            draining=lambda: self.draining,
-            running_for_s=self.model.batcher.running_for_s,
-        )
+        self._admin_keys = settings.admin_keys
+        metrics.watch(waiting=models.waiting, draining=lambda: self.draining, running_for_s=models.running_for_s)
 
     def __repr__(self) -> str:
-        return f"<Replica {self.settings.instance_id} draining={self.draining} {self.model!r}>"
+        return f"<Replica {self.settings.instance_id} draining={self.draining} {self.models!r}>"
 
     def drain(self) -> None:
         """From now on health says no, so that the balancer sends nothing new; what arrives is still answered."""
@@ -88,7 +91,15 @@ class Replica:
     def troubles(self) -> list[str]:
         """Why a balancer should send nothing here; empty when all is well."""
         draining = ["draining"] if self.draining else []
-        return draining + self.model.troubles(stuck_s=self.settings.stuck_s)
+        return draining + self.models.troubles(stuck_s=self.settings.stuck_s)
+
+    async def end_when_stuck(self, end: Callable[[int], object] = os._exit) -> None:
+        """A thread that never comes back from native code cannot be ended: only the process can."""
+        while limit_s := self.settings.stuck_exit_s:
+            await asyncio.sleep(min(1.0, limit_s))
+            if (running_s := self.models.running_for_s()) > limit_s:
+                log.critical("inference is stuck for %.0f s: the process ends itself", running_s)
+                end(EXIT_STUCK)
 
     async def embed(self, scope: Scope, receive: Receive, send: Send) -> None:
         """`POST /embed`: parse, compute unless the caller hangs up, write."""
@@ -98,23 +109,12 @@ class Replica:
         timeout_s = wire.parse_timeout_s(timeout_header)
         body = await asgi.read_body(scope, receive, limit_bytes=limits.max_body_bytes)
         request = native.parse(body, max_texts=limits.max_texts, max_text_bytes=limits.max_text_bytes)
-        native.check_model(request.model_id, [self.model.card.id])
-        native.check_dimensions(request.dimensions, self.model.card)
         trace = _Trace(len(request.texts), wire.choose_lane(lane_header, len(request.texts)))
         scope["state"]["trace"] = trace
         binary = wire.BINARY_TYPE in (asgi.header(scope, "accept") or "")
-        embedded = await _unless_gone(
-            receive,
-            self.model.embed(
-                request.texts,
-                lane=trace.lane,
-                prompt_name=request.prompt_name,
-                direction=request.truncation_direction or "right",
-                # a binary reply says which texts were cut; its reader refuses, and keeps the vectors for others
-                truncate=binary or request.truncate is not False,
-                timeout_s=timeout_s,
-            ),
-        )
+        # a binary reply says which texts were cut; its reader refuses, and keeps the vectors for others
+        work = self._embed(request, trace.lane, truncate=binary or request.truncate is not False, timeout_s=timeout_s)
+        embedded = await _unless_gone(receive, work)
         trace.tokens = int(embedded.tokens.sum())
         if binary:
             parts, content_type = [embedded.to_bytes()], wire.BINARY_TYPE
@@ -122,6 +122,44 @@ class Replica:
             parts, content_type = await self._json(embedded, request, started), "application/json"
         fingerprint = (wire.FINGERPRINT_HEADER.encode(), embedded.card.fingerprint.encode())
         await asgi.send_bytes(send, 200, parts, content_type=content_type, headers=[fingerprint])
+
+    async def _embed(
+        self, request: native.EmbedRequest, lane: wire.Lane, *, truncate: bool, timeout_s: float | None
+    ) -> wire.Embedded:
+        started = time.monotonic()
+        async with self.models.use(request.model_id, timeout_s=timeout_s) as model:
+            native.check_dimensions(request.dimensions, model.card)
+            return await model.embed(
+                request.texts,
+                lane=lane,
+                prompt_name=request.prompt_name,
+                direction=request.truncation_direction or "right",
+                truncate=truncate,
+                timeout_s=None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - started)),
+            )
+
+    async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """`POST /tokenize`: how a model reads texts."""
+        limits = self.settings
+        body = await asgi.read_body(scope, receive, limit_bytes=limits.max_body_bytes)
+        request = native.read(TokenizeRequest, body)
+        native.check_texts(
+            request.texts, field="texts", max_texts=limits.max_texts, max_text_bytes=limits.max_text_bytes
+        )
+        async with self.models.use(request.model_id) as model:
+            texts = await model.tokenize(
+                request.texts, prompt_name=request.prompt_name, add_special_tokens=request.add_special_tokens
+            )
+        reply = wire.Tokenized(model.card.id, texts)
+        await asgi.send_bytes(send, 200, [orjson.dumps(reply)])
+
+    async def change(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """`POST /models/load` and `/models/unload`: returns when it is done, with what `/models` says then."""
+        if self._admin_keys and (bearer(scope) or b"") not in self._admin_keys:
+            raise errors.Unauthorized("authorization: needs an admin key", field="authorization")
+        request = native.read(ModelRequest, await asgi.read_body(scope, receive, limit_bytes=_MAX_NAME_BYTES))
+        await (self.models.load if scope["path"].endswith("/load") else self.models.unload)(request.model_id)
+        await asgi.send_bytes(send, 200, [orjson.dumps(self.listed())])
 
     async def _json(self, embedded: wire.Embedded, request: native.EmbedRequest, started: float) -> list[bytes]:
         vectors = native.shape(
@@ -159,21 +197,20 @@ class Replica:
         reasons = self.troubles()
         if reasons:
             return 503, {"status": "unhealthy", "reasons": reasons, "instance": self.settings.instance_id}
-        return 200, {"status": "healthy", "model": self.model.card.id, "instance": self.settings.instance_id}
+        return 200, {"status": "healthy", "model": self.models.default_id, "instance": self.settings.instance_id}
 
-    def models(self) -> dict[str, Any]:
-        """The default model first; a gateway learns its card here before it has sent anything."""
-        served = {
-            "card": asdict(self.model.card),
-            "state": "ready",
-            "self_test": self.model.self_test,  # lowest cosine to torch in float32; null: it is torch in float32
+    def listed(self) -> dict[str, Any]:
+        """Every model, the default first; a gateway learns their cards here before it has sent anything."""
+        return {
+            "default": self.models.default_id,
+            "models": self.models.listed(),
             "threads": self.threads.count,
-            "memory_bytes": _resident_bytes(),
+            "memory_bytes": resident_bytes(),
         }
-        return {"default": self.model.card.id, "models": [served]}
 
     def info(self) -> dict[str, Any]:
-        card = self.model.card
+        default = self.models.listed()[0]
+        card: wire.ModelCard = default["card"]
         return {
             "service": "ml-base",
             "version": VERSION,
@@ -185,8 +222,8 @@ class Replica:
             "backend": card.backend,
             "dtype": card.dtype,
             "threads": {"count": self.threads.count, "reason": self.threads.reason},
-            "batch_tokens": self.settings.batch_tokens(self.threads.count),
-            "available_models": [card.id],
+            "batch_tokens": default["slice_tokens"],
+            "available_models": self.models.ids,
             "configuration": self.settings.model_dump(),
         }
 
@@ -196,18 +233,30 @@ def create_app(replica: Replica) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with replica.model:
+        async with replica.models:
             log.info("instance=%s %r threads=%s", replica.settings.instance_id, replica, replica.threads)
-            yield
+            watch = asyncio.create_task(replica.end_when_stuck())
+            try:
+                yield
+            finally:
+                watch.cancel()
 
-    app = FastAPI(title="ML-Base", version=VERSION, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="ML-Base", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": native.ErrorReply} for status, _ in native.STATUS.values()
     }
     app.add_api_route("/embed", _documented, methods=["POST"], responses=refusals)
+    app.add_api_route("/tokenize", _documented_tokenize, methods=["POST"], responses=refusals)
+    for path in ("/models/load", "/models/unload"):
+        app.add_api_route(path, _documented_change, methods=["POST"], responses=refusals)
     _add_operator_routes(app, replica)
     asgi.answer_unknown_routes(app)
-    direct = {"/embed": asgi.guarded(replica.embed)}
+    direct = {
+        "/embed": asgi.guarded(replica.embed),
+        "/tokenize": asgi.guarded(replica.tokenize),
+        "/models/load": asgi.guarded(replica.change),
+        "/models/unload": asgi.guarded(replica.change),
+    }
     return asgi.Edge(app, direct=direct, observe=replica.observe, draining=lambda: replica.draining)
 
 
@@ -215,6 +264,14 @@ def _documented(body: native.EmbedRequest) -> native.EmbedReply:  # type: ignore
     """Embed texts, uncached. With `Accept: application/vnd.safetensors` the reply is binary (see ml_base/wire.py):
     the model's own vectors at full dimension, token counts, and which texts were cut.
     """
+
+
+def _documented_tokenize(body: TokenizeRequest) -> wire.Tokenized:  # type: ignore[empty-body]  # never called
+    """How a model reads texts, uncut: ids, tokens, offsets in characters (null for special tokens)."""
+
+
+def _documented_change(body: ModelRequest) -> dict[str, Any]:  # type: ignore[empty-body]  # never called
+    """Load or unload one model of `ML_BASE_MODELS` in this replica. Needs a key of `ADMIN_API_KEYS`, if any are set."""
 
 
 def _add_operator_routes(app: FastAPI, replica: Replica) -> None:
@@ -231,8 +288,8 @@ def _add_operator_routes(app: FastAPI, replica: Replica) -> None:
 
     @app.get("/models")
     async def models() -> Response:
-        """What is served, with what a gateway must know of it."""
-        return _json_reply(replica.models())
+        """What is served, loaded or not, with what a gateway must know of it."""
+        return _json_reply(replica.listed())
 
     @app.get("/info")
     async def info() -> Response:
@@ -247,10 +304,6 @@ def _add_operator_routes(app: FastAPI, replica: Replica) -> None:
 
 def _json_reply(body: dict[str, Any], status: int = 200) -> Response:
     return Response(orjson.dumps(body), status, media_type="application/json")
-
-
-def _resident_bytes() -> int:
-    return int(_STATM.read_text().split()[1]) * _PAGE_BYTES
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

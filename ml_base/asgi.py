@@ -7,15 +7,16 @@ import logging
 import os
 import re
 import secrets
-import socket
+import signal
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ml_base import errors, native
+from ml_base.protocol import LATE, LimitedProtocol
 from ml_base.wire import REQUEST_ID_HEADER
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    ErrorBody: TypeAlias = Callable[[errors.Problem, str], tuple[int, bytes]]
+    """Status and JSON of a refusal, from the problem and the request's id."""
+
 log = logging.getLogger(__name__)
 
 JOIN_BYTES = 1 << 18  # below it one copy costs less than the system call that each part is sent with
@@ -33,6 +37,8 @@ MAX_REQUEST_ID_CHARS = 128
 # Eight random digits of this process, eight that count: unique without a system call for each request.
 _ID_PREFIX = secrets.token_hex(4).encode()
 _ID_COUNTER = itertools.count(secrets.randbits(32))
+_REST_UNREAD = (408, 413)  # of the body: the connection cannot carry another request
+SWEEP_TICKS = 10  # of uvicorn, a tenth of a second each
 _PLAIN_ID = re.compile(rb"[\x21-\x7e]+")  # what may be logged and sent back without escaping
 
 
@@ -46,7 +52,11 @@ def header(scope: Scope, name: str) -> str | None:
 
 
 async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int) -> bytes:
-    """The whole body. Raises `BodyTooLarge` as soon as that is known, `ClientGone` if the caller hangs up."""
+    """The whole body of a JSON request.
+
+    Raises `BodyTooLarge` as soon as that is known, `ClientGone` if the caller hangs up, and `RequestTimeout` when
+    `LimitedProtocol` says that it took too long.
+    """
     declared = header(scope, "content-length")
     if declared is not None and declared.isdigit() and int(declared) > limit_bytes:
         raise _too_large(int(declared), limit_bytes)
@@ -61,8 +71,12 @@ async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int) -> byte
         if size > limit_bytes:
             raise _too_large(size, limit_bytes)
         if not message.get("more_body", False):
-            return part if not parts else b"".join((*parts, part))
+            body = part if not parts else b"".join((*parts, part))
+            native.check_crowd(body)
+            return body
         parts.append(part)
+        if (limit_s := scope["state"].get(LATE)) is not None:
+            raise errors.RequestTimeout(f"body: not complete after {limit_s:g} s", field="body", limit=limit_s)
 
 
 def _too_large(size: int, limit_bytes: int) -> errors.BodyTooLarge:
@@ -96,62 +110,88 @@ async def send_bytes(
         await send({"type": "http.response.body", "body": part, "more_body": index < last})
 
 
-async def send_problem(send: Send, problem: errors.Problem, request_id: str) -> None:
-    """A refusal in the native dialect."""
-    status, body = native.error_body(problem, request_id)
+async def send_problem(
+    send: Send, problem: errors.Problem, request_id: str, *, error_body: ErrorBody = native.error_body
+) -> None:
+    """A refusal in the words of a dialect."""
+    status, body = error_body(problem, request_id)
+    await send_bytes(send, status, [body], headers=_refusal_headers(problem, status))
+
+
+def _refusal_headers(problem: errors.Problem, status: int) -> list[tuple[bytes, bytes]]:
     headers = []
     if problem.retry_after_s is not None:
         headers.append((b"retry-after", b"%d" % max(1, round(problem.retry_after_s))))
-    if status == 413:  # noqa: PLR2004 - the rest of the body is unread: the connection cannot carry another request
+    if status in _REST_UNREAD:
         headers.append((b"connection", b"close"))
-    await send_bytes(send, status, [body], headers=headers)
+    if status == 401:  # noqa: PLR2004 - RFC 9110 wants the scheme named
+        headers.append((b"www-authenticate", b"Bearer"))
+    if status == 500:  # noqa: PLR2004 - OpenAI's clients would send it twice more, and break it twice more
+        headers.append((b"x-should-retry", b"false"))
+    return headers
 
 
-def guarded(endpoint: Callable[[Scope, Receive, Send], Awaitable[None]]) -> ASGIApp:
-    """An ASGI app around `endpoint` that answers every exception: known ones by table, others with a plain 500."""
+def native_words(_: Scope) -> ErrorBody:
+    """For servers that speak no other dialect."""
+    return native.error_body
+
+
+def guarded(
+    endpoint: Callable[[Scope, Receive, Send], Awaitable[None]], *, words: Callable[[Scope], ErrorBody] = native_words
+) -> ASGIApp:
+    """An ASGI app around `endpoint` that answers every exception: known ones by table, others with a plain 500.
+
+    `words` tells in which dialect; it is asked only then.
+    """
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["state"]["request_id"]
         try:
             await endpoint(scope, receive, send)
         except errors.Problem as problem:
-            await send_problem(send, problem, request_id)
+            await send_problem(send, problem, request_id, error_body=words(scope))
         except errors.ClientGone:
             log.info("request_id=%s the caller hung up", request_id)
         except Exception:
             log.exception("request_id=%s failed", request_id)
             generic = errors.InferenceFailed("internal error; the log has the detail under this request_id")
-            await send_problem(send, generic, request_id)
+            await send_problem(send, generic, request_id, error_body=words(scope))
 
     return app
 
 
-def answer_unknown_routes(app: FastAPI) -> None:
-    """Refusals by the router itself (404, 405) in the same JSON shape as all others."""
+def answer_unknown_routes(app: FastAPI, *, words: Callable[[Scope], ErrorBody] = native_words) -> None:
+    """Refusals by the router itself (404, 405), and problems raised by its routes, in the shape of all others."""
 
     async def refuse(request: Request, refusal: HTTPException) -> Response:
         allowed = (refusal.headers or {}).get("allow") or (refusal.headers or {}).get("Allow")
-        if allowed is not None:
-            reply = native.ErrorReply(
-                error=f"method: {request.url.path} takes {allowed}, got {request.method}",
-                error_type="Validation",
-                field="method",
-                limit=allowed,
-                value=request.method,
-            )
-        else:
-            reply = native.ErrorReply(
-                error=f"path: {request.url.path[:200]} is not served here; see /docs",
-                error_type="Validation",
-                field="path",
-                value=request.url.path[:200],
-            )
-        reply.request_id = request.scope["state"]["request_id"]
-        return Response(
-            reply.model_dump_json(exclude_none=True), refusal.status_code, refusal.headers, "application/json"
-        )
+        problem = _wrong_method(request, allowed) if allowed is not None else _unknown_path(request)
+        status, body = words(request.scope)(problem, request.scope["state"]["request_id"])
+        return Response(body, status, refusal.headers, "application/json")
+
+    async def tell(request: Request, problem: errors.Problem) -> Response:
+        status, body = words(request.scope)(problem, request.scope["state"]["request_id"])
+        headers = {name.decode(): value.decode() for name, value in _refusal_headers(problem, status)}
+        return Response(body, status, headers, "application/json")
 
     app.add_exception_handler(HTTPException, refuse)  # type: ignore[arg-type]  # Starlette types handlers by Exception
+    app.add_exception_handler(errors.Problem, tell)  # type: ignore[arg-type]  # likewise
+
+
+def _wrong_method(request: Request, allowed: str) -> errors.WrongMethod:
+    # never `request.url`, which is put together from the Host header, and fails with it
+    path = request.scope["path"][:200]
+    return errors.WrongMethod(
+        f"method: {path} takes {allowed}, got {request.method}",
+        field="method",
+        limit=allowed,
+        value=request.method,
+    )
+
+
+def _unknown_path(request: Request) -> errors.UnknownPath:
+    path = request.scope["path"][:200]
+    return errors.UnknownPath(f"path: {path} is not served here; see /openapi.json", field="path", value=path)
 
 
 class Edge:
@@ -160,7 +200,10 @@ class Edge:
     `observe(scope, status, seconds)` is called once a request, when its reply is out or its caller has gone.
 
     `direct` holds the apps of paths whose cost counts: a POST to exactly such a path goes straight there. The framework
-    has the same path for its OpenAPI document and for 405, and answers everything else.
+    has the same path for its OpenAPI document and for 405, and answers everything else. A slash at the end of a path
+    makes no difference: many clients do not follow redirects.
+
+    `admit(scope)`, if there is one, raises a `Problem` for a request that may go no further; it is told in `words`.
 
     While `draining()` is true every reply closes its connection, so that a balancer opens the next one elsewhere.
     """
@@ -172,11 +215,15 @@ class Edge:
         direct: Mapping[str, ASGIApp],
         observe: Callable[[Scope, int, float], None],
         draining: Callable[[], bool],
+        admit: Callable[[Scope], None] | None = None,
+        words: Callable[[Scope], ErrorBody] = native_words,
     ) -> None:
         self._app = app
         self._direct = direct
         self._observe = observe
         self._draining = draining
+        self._admit = admit
+        self._words = words
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -197,8 +244,17 @@ class Edge:
                 message["headers"] = headers
             await send(message)
 
-        direct = self._direct.get(scope["path"]) if scope["method"] == "POST" else None
+        path = scope["path"]
+        if path[-1:] == "/":
+            path = scope["path"] = path.rstrip("/") or "/"
+        direct = self._direct.get(path) if scope["method"] == "POST" else None
         try:
+            if self._admit is not None:
+                try:
+                    self._admit(scope)
+                except errors.Problem as refusal:
+                    await send_problem(send_with_id, refusal, request_id.decode(), error_body=self._words(scope))
+                    return
             await (direct or self._app)(scope, receive, send_with_id)
         finally:
             self._observe(scope, status, time.perf_counter() - started)
@@ -211,22 +267,6 @@ def _request_id(scope: Scope) -> bytes:
         if _PLAIN_ID.fullmatch(raw):
             return raw
     return b"%b%08x" % (_ID_PREFIX, next(_ID_COUNTER) & 0xFFFFFFFF)
-
-
-def bind(host: str, port: int, *, variables: str) -> socket.socket:
-    """Takes the port, without listening yet: connections are refused until a server listens on it.
-
-    Raises `OSError` with one line that names the variables to change.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as problem:
-        listener.close()
-        raise OSError(f"cannot listen on {host} port {port} ({variables}): {problem.strerror}") from None
-    return listener
 
 
 class DrainingServer(uvicorn.Server):
@@ -258,9 +298,20 @@ class DrainingServer(uvicorn.Server):
         self._on_drain()
         self._stop_at = time.monotonic() + self._drain_s
 
+    def retire(self) -> None:
+        """Drains beside a successor that listens on the same socket: whatever comes from now on is that one's."""
+        for listening in self.servers:
+            listening.close()
+        self.handle_exit(signal.SIGHUP, None)
+
     async def on_tick(self, counter: int) -> bool:
         if self._stop_at is not None:
             late_s = time.monotonic() - self._stop_at
             in_hand = bool(self.server_state.tasks)
             self.should_exit = self.should_exit or late_s >= (self._finish_s if in_hand else 0)
+        if counter % SWEEP_TICKS == 0:
+            now = time.monotonic()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, LimitedProtocol):
+                    connection.sweep(now)
         return await super().on_tick(counter)

@@ -1,4 +1,4 @@
-"""Requests in, slices out: bounded lanes of waiting texts before one thread that computes.
+"""Requests in, slices out: bounded lanes of waiting texts before the thread that computes.
 
 A slice is what runs in one go. An idle model starts at once, whatever waits; while it computes, texts gather.
 Everything here runs on the event loop and changes state only between awaits, so there are no locks; only
@@ -21,12 +21,13 @@ import numpy as np
 from ml_base import errors
 from ml_base.slices import SliceLimits, SliceReport, choose_lane, pick
 from ml_base.wire import Lane
-from ml_base.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence, Sized
 
     from numpy.typing import NDArray
+
+    from ml_base.worker import Worker
 
 T = TypeVar("T", bound="Sized")  # a tokenized text; its len() is the tokens to compute
 
@@ -45,6 +46,7 @@ class Observer(Protocol):
     def slice_done(self, report: SliceReport) -> None: ...
     def refused(self, lane: Lane, texts: int) -> None: ...
     def dropped(self, lane: Lane, texts: int) -> None: ...
+    def truncated(self, texts: int) -> None: ...
 
 
 class Job(Generic[T]):
@@ -102,7 +104,7 @@ class _Waiting(Generic[T]):
     job: Job[T]
     row: int
     item: T
-    length: int
+    length: int  # tokens, padded to the grid
     since: float
 
     @property
@@ -162,17 +164,20 @@ def _alive(job: Job[T], now: float) -> bool:
 
 
 class Batcher(Generic[T]):
-    """Owns the inference thread, as an async context manager; `admit` is the way in."""
+    """Feeds slices to `worker`, as an async context manager; `admit` is the way in.
+
+    Models that share a worker take turns, a slice each.
+    """
 
     def __init__(
         self,
         compute: Callable[[Sequence[T]], NDArray[np.float32]],
         *,
+        worker: Worker,
         limits: SliceLimits,
         max_queue_texts: int,
         bulk_share: float,
         observer: Observer,
-        nice: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._compute = compute
@@ -181,7 +186,7 @@ class Batcher(Generic[T]):
         self._bulk_share = bulk_share
         self._observer = observer
         self._clock = clock
-        self._worker = Worker("inference", nice=nice, clock=clock)
+        self._worker = worker
         self._lanes: dict[Lane, _LaneQueue[T]] = {lane: _LaneQueue() for lane in Lane}
         self._jobs: set[Job[T]] = set()
         self._bulk_credit = 0.0
@@ -195,7 +200,6 @@ class Batcher(Generic[T]):
         return f"<Batcher {counts} running={self._worker.running_since is not None} slices={self._slices}>"
 
     async def __aenter__(self) -> Self:
-        await self._worker.__aenter__()
         self._task = asyncio.create_task(self._serve(), name="batcher")
         return self
 
@@ -203,16 +207,11 @@ class Batcher(Generic[T]):
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._worker.__aexit__()
 
     @property
     def alive(self) -> bool:
         """False once nothing will be computed any more: not started, ended, or broken."""
         return self._task is not None and not self._task.done()
-
-    def running_for_s(self) -> float:
-        """Age of the slice that runs now, 0 when idle."""
-        return self._worker.running_for_s()
 
     def reserved(self, lane: Lane) -> int:
         """Texts admitted to a lane and not yet settled."""
@@ -234,7 +233,8 @@ class Batcher(Generic[T]):
     def enqueue(self, job: Job[T], items: Sequence[T], *, first_row: int) -> None:
         now = self._clock()
         for row, item in enumerate(items, first_row):
-            self._lanes[job.lane].append(_Waiting(job, row, item, len(item), now))
+            length = self._limits.grid.length(len(item))
+            self._lanes[job.lane].append(_Waiting(job, row, item, length, now))
         self._arrived.set()
 
     def release(self, job: Job[T]) -> None:
@@ -336,14 +336,14 @@ class Batcher(Generic[T]):
         rate = len(slice_) / max(took_s, 1e-6)
         self._texts_per_s += (rate - self._texts_per_s) * (_RATE_WEIGHT if self._slices else 1.0)
         self._slices += 1
-        lengths = [waiting.length for waiting in slice_]
+        longest = max(waiting.length for waiting in slice_)
         self._observer.slice_done(
             SliceReport(
                 lane=slice_[0].job.lane,
                 texts=len(slice_),
                 failed=sum(isinstance(outcome, errors.Problem) for outcome in outcomes),
-                tokens=sum(lengths),
-                padded_tokens=max(lengths) * len(lengths),
+                tokens=sum(len(waiting.item) for waiting in slice_),
+                padded_tokens=longest * self._limits.grid.rows(len(slice_)),
                 took_s=took_s,
                 oldest_wait_s=started - min(waiting.since for waiting in slice_),
             )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping  # noqa: TC003 - pydantic reads the annotation
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-TOKENS_PER_THREAD = 256
-"""Measured on a CPU in float32: 128 tokens a slice have all the throughput there is, and more only makes others wait.
-Twice that leaves room for slices that do not fill up."""
+from ml_base.keys import Keys, parse_keys, secrets_from_files
+
+SECRETS = ("ADMIN_API_KEYS",)
+"""Each may be given as NAME_FILE instead. Never shown or logged."""
 
 
 class ConfigError(Exception):
@@ -28,16 +30,27 @@ class Settings(BaseSettings):
     instance_id: str = Field(
         validation_alias="INSTANCE_ID", pattern=r"^[\x21-\x7e]{1,128}$", default_factory=socket.gethostname
     )
+    # comma separated: names, folders, hub ids. The first is the default: loaded before anything is served, and kept
     models: Annotated[str, Field(validation_alias="ML_BASE_MODELS")] = "all-MiniLM-L6-v2"
+    # the others: when they are first asked for, so that a replica is up in seconds however many there are
+    load_at_start: Annotated[Literal["default", "all"], Field(validation_alias="ML_BASE_LOAD_AT_START")] = "default"
+    # of nobody asking for it; 0 stands for never
+    model_unload_timeout_s: Annotated[float, Field(validation_alias="ML_BASE_MODEL_UNLOAD_TIMEOUT", ge=0)] = 300
     backend: Annotated[Literal["auto", "torch", "openvino"], Field(validation_alias="ML_BASE_BACKEND")] = "auto"
-    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Field(validation_alias="ML_BASE_DTYPE")] = "auto"
-    device: Annotated[Literal["auto", "cpu"], Field(validation_alias="ML_BASE_DEVICE")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "int8"], Field(validation_alias="ML_BASE_DTYPE")
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Field(validation_alias="ML_BASE_DEVICE")] = "auto"
     # converted models, by digest; a volume in containers, so that a new replica need not convert
     cache_dir: Annotated[str, Field(validation_alias="ML_BASE_CACHE_DIR", min_length=1)] = "~/.cache/embedding-service"
+    # the same, and models from the hub, as an image brings them: looked into first, never written
+    baked_dir: Annotated[str, Field(validation_alias="ML_BASE_BAKED_DIR")] = ""
 
     max_batch_texts: Annotated[int, Field(validation_alias="ML_BASE_MAX_BATCH_SIZE", ge=1, le=4096)] = 64
-    # padded tokens of one slice; 0 stands for auto
+    # padded tokens of one slice; 0 stands for auto: the fewest that have 90 % of the best throughput
     max_batch_tokens: Annotated[int, Field(validation_alias="ML_BASE_MAX_BATCH_TOKENS", ge=0, le=1 << 20)] = 0
+    # and that run no longer than this: whoever comes while a slice runs waits for it
+    max_slice_ms: Annotated[float, Field(validation_alias="ML_BASE_MAX_SLICE_MS", gt=0, le=60_000)] = 60
     # the longest a request may be passed over for texts of better-fitting length; nobody ever waits for a timer
     batch_timeout_ms: Annotated[float, Field(validation_alias="ML_BASE_BATCH_TIMEOUT_MS", ge=0, le=60_000)] = 50
     bulk_share: Annotated[float, Field(validation_alias="ML_BASE_BULK_SHARE", ge=0, le=1)] = 0.2
@@ -59,9 +72,16 @@ class Settings(BaseSettings):
     # a slice takes 0.1 s, one longest text beside two busy neighbours a second or two: nothing healthy takes this long
     stuck_s: Annotated[float, Field(validation_alias="ML_BASE_STUCK_S", gt=0, le=3600)] = 15
 
+    # then the process ends itself, since a container engine restarts what ended, not what is unhealthy; 0: never
+    stuck_exit_s: Annotated[float, Field(validation_alias="ML_BASE_STUCK_EXIT_S", ge=0, le=86_400)] = 120
+
     max_texts: Annotated[int, Field(validation_alias="MAX_TEXTS", ge=1, le=1 << 20)] = 8192
     max_text_bytes: Annotated[int, Field(validation_alias="MAX_TEXT_BYTES", ge=1, le=1 << 30)] = 1 << 20
     max_body_bytes: Annotated[int, Field(validation_alias="MAX_BODY_BYTES", ge=1, le=1 << 30)] = 32 << 20
+
+    # for loading and unloading models; excluded from what /info shows
+    admin_api_keys: Annotated[SecretStr | None, Field(validation_alias="ADMIN_API_KEYS", exclude=True)] = None
+    admin_api_keys_file: Annotated[str | None, Field(validation_alias="ADMIN_API_KEYS_FILE")] = None
 
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], Field(validation_alias="LOG_LEVEL")
@@ -80,19 +100,40 @@ class Settings(BaseSettings):
 
     @field_validator("models")
     @classmethod
-    def _one_model(cls, value: str) -> str:
-        names = [name.strip() for name in value.split(",") if name.strip()]
-        if len(names) != 1:
-            raise ValueError(f"exactly one model is served for now, got {len(names)}")
-        return names[0]
+    def _some_models(cls, value: str) -> str:
+        if not _names(value):
+            raise ValueError("needs the name of a model")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_secrets(cls, values: Mapping[str, object]) -> dict[str, object]:
+        return secrets_from_files(values, SECRETS)
+
+    @field_validator("admin_api_keys")
+    @classmethod
+    def _hold_keys(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            parse_keys(value.get_secret_value())
+        return value
+
+    @property
+    def admin_keys(self) -> Keys:
+        """Empty: nothing is locked."""
+        return Keys(() if self.admin_api_keys is None else parse_keys(self.admin_api_keys.get_secret_value()))
 
     @property
     def wanted_threads(self) -> int | None:
         return self.threads or None
 
-    def batch_tokens(self, threads: int) -> int:
-        """Padded tokens of a slice: more threads compute a larger one in the same time."""
-        return self.max_batch_tokens or TOKENS_PER_THREAD * threads
+    @property
+    def model_names(self) -> list[str]:
+        """The default model first."""
+        return _names(self.models)
+
+
+def _names(models: str) -> list[str]:
+    return [name.strip() for name in models.split(",") if name.strip()]
 
 
 def read_environment() -> Settings:
@@ -103,6 +144,7 @@ def read_environment() -> Settings:
         first = invalid.errors(include_url=False)[0]
         variable = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(
-            f"{variable}: {message[0].lower()}{message[1:]} (value: {str(first['input'])[:80]!r})"
-        ) from None
+        if not variable:  # found by a check over several: its message names them
+            raise ConfigError(message) from None
+        value = "" if variable in SECRETS else f" (value: {str(first['input'])[:80]!r})"
+        raise ConfigError(f"{variable}: {message[0].lower()}{message[1:]}{value}") from None

@@ -24,11 +24,35 @@ class Problem(Exception):
 
 
 class MalformedBody(Problem):
-    """The body is not JSON, or not UTF-8."""
+    """The body is not JSON, or not UTF-8, or speaks two dialects at once."""
 
 
 class InvalidRequest(Problem):
     """A field is missing, of the wrong type, or outside its limits."""
+
+
+class EmptyInput(Problem):
+    """There is no text to embed."""
+
+
+class UnknownPath(Problem):
+    """No route answers at this path."""
+
+
+class WrongMethod(Problem):
+    """The path takes other methods; `limit` names them."""
+
+
+class Unauthorized(Problem):
+    """A key is needed, and none, or a wrong one, was given."""
+
+
+class Forbidden(Problem):
+    """The key given is good, but not for this."""
+
+
+class RequestTimeout(Problem):
+    """The caller took too long to send its request."""
 
 
 class BodyTooLarge(Problem):

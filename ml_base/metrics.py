@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ml_base.slices import SliceReport
 
 EMBED = "/embed"
-OPERATOR_ROUTES = ("/health", "/livez", "/models", "/info", "/metrics", "/docs")
+OPERATOR_ROUTES = ("/health", "/livez", "/models", "/models/load", "/models/unload", "/info", "/metrics", "/tokenize")
 OPERATOR_STATUSES = ("200", "503")
 STATUSES = ("200", "400", "404", "405", "413", "422", "429", "499", "500", "503", "504")
 OTHER = "other"
@@ -47,6 +47,9 @@ class Metrics:
         self._slice_seconds = self._histogram("slice_seconds", "Time the model took for a slice.", _SECONDS)
         self._wait_seconds = self._histogram("wait_seconds", "Longest wait of a text in a slice.", _SECONDS)
         self._tokens = self._counter("tokens", "Tokens computed; padding is computed like text.", "kind")
+        self._truncated = self._counter("truncated_texts", "Texts answered of which the model read only a part.")
+        names = ["model", "fingerprint", "backend", "dtype"]
+        self._models = Gauge("ml_base_model_info", "1 for each model in memory.", names, registry=self.registry)
         self._create_all()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -72,9 +75,7 @@ class Metrics:
 
     def watch(
         self,
-        card: ModelCard,
         *,
-        threads: int,
         waiting: Callable[[Lane], int],
         draining: Callable[[], bool],
         running_for_s: Callable[[], float],
@@ -87,9 +88,12 @@ class Metrics:
         drain.set_function(draining)
         running = Gauge("ml_base_running_seconds", "Age of the slice that runs, 0 when idle.", registry=self.registry)
         running.set_function(running_for_s)
-        labels = ["model", "fingerprint", "backend", "dtype", "threads"]
-        info = Gauge("ml_base_model_info", "Always 1; the labels say what is served.", labels, registry=self.registry)
-        info.labels(card.id, card.fingerprint, card.backend, card.dtype, str(threads)).set(1)
+
+    def model_loaded(self, card: ModelCard) -> None:
+        self._models.labels(*_labels(card)).set(1)
+
+    def model_unloaded(self, card: ModelCard) -> None:
+        self._models.remove(*_labels(card))
 
     def request(self, route: str, status: int) -> None:
         """Unknown paths and unusual statuses share a label: a caller must not be able to make series."""
@@ -116,5 +120,12 @@ class Metrics:
     def dropped(self, lane: Lane, texts: int) -> None:
         self._texts.labels(lane, "dropped").inc(texts)
 
+    def truncated(self, texts: int) -> None:
+        self._truncated.inc(texts)
+
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
+
+
+def _labels(card: ModelCard) -> tuple[str, str, str, str]:
+    return card.id, card.fingerprint, card.backend, card.dtype

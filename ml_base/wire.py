@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Mapping  # noqa: TC003 - pydantic reads the annotation
+from collections.abc import Mapping, Sequence  # noqa: TC003 - pydantic reads the annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -133,6 +133,66 @@ class ModelCard:
 
 
 _CARD = TypeAdapter(ModelCard)
+
+
+@dataclass(frozen=True, slots=True)
+class ListedModel:
+    """One model of a replica's `GET /models`. `card` is there once the model has been loaded there."""
+
+    id: Annotated[str, Field(min_length=1)]
+    state: str
+    card: ModelCard | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelList:
+    """What a replica's `GET /models` says: every model it would load, and which one answers if none is named."""
+
+    default: str
+    models: Sequence[ListedModel]
+
+    @staticmethod
+    def from_json(text: str | bytes) -> ModelList:
+        """Raises `WireError`; fields it does not know are ignored."""
+        try:
+            listed = _LIST.validate_json(text)
+        except ValidationError as invalid:
+            raise WireError(f"not a model list: {invalid.errors(include_url=False, include_input=False)[0]}") from None
+        if listed.default not in {model.id for model in listed.models}:
+            raise WireError(f"the default model {listed.default!r} is not in the list")
+        return listed
+
+
+_LIST = TypeAdapter(ModelList)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedText:
+    """One text of `POST /tokenize`. Offsets count characters of the text with its prompt; null for special tokens."""
+
+    ids: Sequence[int]
+    tokens: Sequence[str]
+    offsets: Sequence[tuple[int, int] | None]
+    special: Sequence[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A replica's reply to `POST /tokenize`: an item for each text, in order."""
+
+    model: str
+    texts: Sequence[TokenizedText]
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Tokenized:
+        """Raises `WireError`."""
+        try:
+            return _TOKENIZED.validate_json(text)
+        except ValidationError as invalid:
+            raise WireError(f"not tokens: {invalid.errors(include_url=False, include_input=False)[0]}") from None
+
+
+_TOKENIZED = TypeAdapter(Tokenized)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

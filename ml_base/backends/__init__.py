@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ml_base.shapes import Grid
+    from ml_base.wire import TokenizedText
+
 Direction = Literal["left", "right"]
 
 
@@ -21,12 +24,16 @@ class UnsupportedModelError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """`local`: look nowhere but in the folder or the hub's cache. `cache_dir` keeps what was converted."""
+    """`local`: look nowhere but in the folder, or in the hub's cache. `cache_dir` keeps what was converted, unless
+    `baked_dir` has it already.
+    """
 
     local: bool
     threads: int
     cache_dir: Path
     dtype: str = "auto"
+    device: str = "auto"
+    baked_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,14 @@ class Backend(Protocol):
     @property
     def dtype(self) -> str: ...
     @property
+    def grid(self) -> Grid:
+        """The shapes it computes; `embed` pads to them."""
+
+    @property
+    def in_calling_thread(self) -> bool:
+        """Whether `embed` with one thread computes in the thread that calls it."""
+
+    @property
     def max_tokens(self) -> int: ...
     @property
     def prompts(self) -> Mapping[str, str]: ...
@@ -68,6 +83,9 @@ class Backend(Protocol):
 
     def tokenize(self, texts: Sequence[str], *, prompt: str, direction: Direction) -> list[Tokenized]:
         """Each text with `prompt` before it; `direction` is the side that is cut off if it is too long."""
+
+    def describe(self, texts: Sequence[str], *, prompt: str, add_special_tokens: bool) -> list[TokenizedText]:
+        """Every token of each text, uncut, for people who look; in the thread of `tokenize`."""
 
     def embed(self, batch: Sequence[Tokenized]) -> NDArray[np.float32]:
         """The model's own output, float32 [len(batch), dimension]."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from ml_base import selftest
 from ml_base.backends import UnsupportedModelError
-from ml_base.backends.torch import TorchBackend, open_model
+from ml_base.backends.torch import TorchBackend, find_device, open_model
+from ml_base.backends.torch import load as load_torch
 
 if TYPE_CHECKING:
     from ml_base.backends import Backend, LoadOptions
@@ -20,11 +21,13 @@ _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def load(name_or_path: str, options: LoadOptions) -> Backend:
-    """Falls back to torch in float32 with a warning, unless a dtype was asked for that torch does not serve."""
+    """On CUDA torch. On a CPU without OpenVINO torch in float32 with a warning, unless another dtype was asked for."""
+    if find_device(options.device) == "cuda":
+        return load_torch(name_or_path, options)
     try:
         return load_openvino(name_or_path, options)
     except UnsupportedModelError as problem:
-        if options.dtype == "bfloat16":
+        if options.dtype not in ("auto", "float32"):
             raise
         log.warning("torch float32 is used: %s", problem)
     return TorchBackend(open_model(name_or_path, options))
@@ -36,24 +39,34 @@ def load_openvino(name_or_path: str, options: LoadOptions) -> Backend:
         from ml_base.backends.openvino import OpenVinoBackend  # noqa: PLC0415 - optional, and a third of a second
     except ImportError as missing:
         raise UnsupportedModelError(f"OpenVINO is not installed ({missing})") from None
-    model = open_model(name_or_path, options)
-    dtype = options.dtype if options.dtype != "auto" else fastest_dtype(_CPUINFO)
-    backend = OpenVinoBackend(model, dtype=dtype, threads=options.threads, cache_dir=options.cache_dir)
-    backend.self_test = check(backend, backend.reference)
-    return backend
+    if options.device == "cuda":
+        raise UnsupportedModelError("the openvino backend computes on the CPU, not on cuda")
+    if options.dtype == "float16":
+        raise UnsupportedModelError("the openvino backend computes in float32, bfloat16 and int8, not in float16")
+    fastest = fastest_dtype(_CPUINFO)
 
-
-def check(backend: Backend, expected: selftest.Vectors) -> float:
-    """The lowest cosine to the reference. Raises `UnsupportedModelError` if it is below the floor of the dtype."""
-    lowest = selftest.lowest_cosine(selftest.vectors(backend), expected)
-    floor = selftest.COSINE_FLOOR[backend.dtype]
-    if lowest < floor:
-        raise UnsupportedModelError(
-            f"the self-test of {backend.name} in {backend.dtype} found a cosine of {lowest:.5f} to torch in float32, "
-            f"at least {floor} is demanded"
+    def tested(dtype: str) -> Backend:
+        model = open_model(name_or_path, options)
+        precision = fastest if dtype == "int8" else dtype
+        backend = OpenVinoBackend(
+            model,
+            dtype=dtype,
+            precision=precision,
+            threads=options.threads,
+            cache_dir=options.cache_dir,
+            baked_dir=options.baked_dir,
         )
-    log.info("self-test of %s in %s: lowest cosine %.6f", backend.name, backend.dtype, lowest)
-    return lowest
+        backend.self_test = selftest.check(backend, backend.reference)
+        return backend
+
+    if options.dtype != "auto":
+        return tested(options.dtype)
+    if fastest != "float32":
+        try:
+            return tested(fastest)
+        except UnsupportedModelError as problem:
+            log.warning("float32 is used: %s", problem)
+    return tested("float32")
 
 
 def fastest_dtype(cpuinfo: Path) -> str:

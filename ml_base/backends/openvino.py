@@ -24,7 +24,9 @@ import torch
 
 from ml_base import selftest
 from ml_base.backends import UnsupportedModelError
+from ml_base.backends.quantize import Quantizer
 from ml_base.backends.torch import TorchBackend
+from ml_base.shapes import Grid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PRECISION = {"float32": "f32", "bfloat16": "bf16"}
+_PRECISION = {"float32": "f32", "bfloat16": "bf16"}
 
 _REFERENCE = "reference.npy"
 _FILES = ("model.xml", "model.bin", _REFERENCE)
@@ -46,20 +48,36 @@ class OpenVinoBackend(TorchBackend):
 
     name = "openvino"
 
-    def __init__(self, model: SentenceTransformer, *, threads: int, dtype: str, cache_dir: Path) -> None:
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        dtype: str,
+        precision: str,
+        threads: int,
+        cache_dir: Path,
+        baked_dir: Path | None = None,
+    ) -> None:
+        """`precision` is the dtype of what `dtype` leaves open: int8 covers the matrix products only."""
         super().__init__(model)
-        self.dtype = dtype
-        self._identity: bytes = super().identity() + str(openvino.__version__).encode()
-        digest = hashlib.sha256(self._identity).hexdigest()[:32]
-        folder = converted(self._model, cache_dir / "openvino" / digest, reference=partial(selftest.vectors, self))
+        self._identity += str(openvino.__version__).encode()
+        quantize = None
+        if dtype == "int8":
+            quantize = Quantizer(self)
+            self._identity += quantize.identity
+        place = f"openvino/{hashlib.sha256(self._identity).hexdigest()[:32]}"
+        if baked_dir is not None and _intact(baked_dir / place):
+            folder = baked_dir / place
+        else:
+            reference = partial(selftest.vectors, self)
+            folder = converted(model, cache_dir / place, reference=reference, quantize=quantize)
         self.reference: selftest.Vectors = np.load(folder / _REFERENCE, allow_pickle=False)
-        self._replace_transformer(_compile(folder, threads=threads, dtype=dtype))
+        self._replace_transformer(_compile(folder, threads=threads, precision=precision))
+        self.dtype = dtype
+        self.grid = Grid.up_to(self.max_tokens)
 
     def __repr__(self) -> str:
         return f"<OpenVinoBackend {self.dtype} max_tokens={self.max_tokens}>"
-
-    def identity(self) -> bytes:
-        return self._identity
 
     def _replace_transformer(self, compiled: Any) -> None:
         names = [port.any_name for port in compiled.inputs]
@@ -72,11 +90,12 @@ class OpenVinoBackend(TorchBackend):
 
         transformer: Any = self._model[0]
         transformer.forward = forward
+        transformer.auto_model.to("meta")  # its weights are not asked any more: nobody keeps a second copy of them
 
 
-def _compile(folder: Path, *, threads: int, dtype: str) -> Any:
+def _compile(folder: Path, *, threads: int, precision: str) -> Any:
     settings = {
-        "INFERENCE_PRECISION_HINT": PRECISION[dtype],  # always named: the default is what the CPU likes best
+        "INFERENCE_PRECISION_HINT": _PRECISION[precision],  # always named: the default is what the CPU likes best
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,  # it pins the threads of every replica to the same first cores (measured)
@@ -87,7 +106,13 @@ def _compile(folder: Path, *, threads: int, dtype: str) -> Any:
         raise UnsupportedModelError(f"OpenVINO cannot compile the model: {_first_line(problem)}") from None
 
 
-def converted(model: SentenceTransformer, folder: Path, *, reference: Callable[[], selftest.Vectors]) -> Path:
+def converted(
+    model: SentenceTransformer,
+    folder: Path,
+    *,
+    reference: Callable[[], selftest.Vectors],
+    quantize: Callable[[openvino.Model], openvino.Model] | None = None,
+) -> Path:
     """The folder of the converted transformer, made if it is missing or damaged. Raises `UnsupportedModelError`.
 
     `reference` is called while `model` still computes with torch.
@@ -96,7 +121,7 @@ def converted(model: SentenceTransformer, folder: Path, *, reference: Callable[[
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock")):
             if not _intact(folder):
-                _convert(model, folder, reference())
+                _convert(model, folder, reference(), quantize)
     except OSError as problem:
         raise UnsupportedModelError(
             f"the converted model cannot be kept in {folder.parent}: {problem.strerror}"
@@ -104,7 +129,12 @@ def converted(model: SentenceTransformer, folder: Path, *, reference: Callable[[
     return folder
 
 
-def _convert(model: SentenceTransformer, folder: Path, reference: selftest.Vectors) -> None:
+def _convert(
+    model: SentenceTransformer,
+    folder: Path,
+    reference: selftest.Vectors,
+    quantize: Callable[[openvino.Model], openvino.Model] | None,
+) -> None:
     new = folder.with_suffix(".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
@@ -116,7 +146,11 @@ def _convert(model: SentenceTransformer, folder: Path, reference: selftest.Vecto
             # tracing warns of every branch it fixes, and of itself; the self-test tells whether any of it mattered
             warnings.simplefilter("ignore")
             graph = openvino.convert_model(transformer.auto_model, example_input=example)
+            if quantize is not None:
+                graph = quantize(graph)
         openvino.save_model(graph, new / _FILES[0], compress_to_fp16=False)  # compressed by default, which costs digits
+    except UnsupportedModelError:
+        raise
     except Exception as problem:  # whatever tracing a model may raise
         raise UnsupportedModelError(f"OpenVINO cannot convert the model: {_first_line(problem)}") from problem
     np.save(new / _REFERENCE, reference, allow_pickle=False)

@@ -1,4 +1,8 @@
-"""sentence-transformers as it is, on torch: its own tokenizer, transformer, pooling, normalisation and prompts."""
+"""sentence-transformers as it is, on torch: its own tokenizer, transformer, pooling, normalisation and prompts.
+
+In float32 on the CPU it is the reference. Other dtypes and CUDA share everything but where the tensors lie, and pass
+the self-test or are refused.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as transformers_logging
 
+from ml_base import selftest
 from ml_base.backends import Direction, LoadOptions, Tokenized, UnsupportedModelError
+from ml_base.shapes import Grid
+from ml_base.wire import TokenizedText
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,15 +35,34 @@ log = logging.getLogger(__name__)
 
 HUB_TIMEOUT_S = 10.0
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FASTEST_DTYPE = {"cpu": "float32", "cuda": "float16"}  # that passes the self-test everywhere
+
 _NO_LIMIT_TOKENS = 1_000_000
 """A tokenizer without a limit of its own says 1e30 or so."""
 
 
 def load(name_or_path: str, options: LoadOptions) -> TorchBackend:
     """The model of a folder, or of the hub. Raises what sentence-transformers raises, or `UnsupportedModelError`."""
-    if options.dtype not in ("auto", "float32"):
-        raise UnsupportedModelError(f"the torch backend computes in float32, not in {options.dtype}")
-    return TorchBackend(open_model(name_or_path, options))
+    device = find_device(options.device)
+    dtype = options.dtype if options.dtype != "auto" else _FASTEST_DTYPE[device]
+    if dtype not in _DTYPES:
+        raise UnsupportedModelError(f"the torch backend computes in {', '.join(_DTYPES)}, not in {dtype}")
+    model = open_model(name_or_path, options)
+    if (device, dtype) == ("cpu", "float32"):
+        return TorchBackend(model)
+    reference = selftest.vectors(TorchBackend(model))
+    backend = TorchBackend(model, dtype=dtype, device=device)
+    backend.self_test = selftest.check(backend, reference)
+    return backend
+
+
+def find_device(wanted: str) -> str:
+    """`cpu` or `cuda`. Raises `UnsupportedModelError` for one that is not there."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" != found:
+        raise UnsupportedModelError("ML_BASE_DEVICE is cuda, but torch finds no CUDA device here")
+    return found if wanted == "auto" else wanted
 
 
 def open_model(name_or_path: str, options: LoadOptions) -> SentenceTransformer:
@@ -68,10 +94,13 @@ class TorchBackend:
     """Vectors equal `SentenceTransformer.encode`; only tokenizing is taken apart from computing."""
 
     name = "torch"
-    dtype: str = "float32"
+    grid = Grid()  # nothing is compiled: a new shape costs nothing
     self_test: float | None = None
 
-    def __init__(self, model: SentenceTransformer) -> None:
+    def __init__(self, model: SentenceTransformer, *, dtype: str = "float32", device: str = "cpu") -> None:
+        self.dtype = dtype
+        self.in_calling_thread = device == "cpu"
+        self._device = torch.device(device)
         self._model = model.float().eval()
         self._tokenizer = _fast_tokenizer(model)
         self._raw = self._tokenizer.backend_tokenizer  # a third of the tokenizer's own cost for one short text
@@ -83,12 +112,17 @@ class TorchBackend:
         self.max_tokens = _max_tokens(model)
         self.prompts: Mapping[str, str] = {name: prompt or "" for name, prompt in model.prompts.items()}
         self.default_prompt_name: str | None = model.default_prompt_name
+        self._identity = self._digest()
+        self._model.to(device=self._device, dtype=_DTYPES[dtype])
 
     def __repr__(self) -> str:
-        return f"<TorchBackend max_tokens={self.max_tokens} threads={torch.get_num_threads()}>"
+        return f"<TorchBackend {self.dtype} on {self._device} max_tokens={self.max_tokens}>"
 
     def identity(self) -> bytes:
-        """Digest of what is in memory, so that a model from a wheel, a folder or the hub is the same model.
+        return self._identity
+
+    def _digest(self) -> bytes:
+        """Of what is in memory, so that a model from a wheel, a folder or the hub is the same model.
 
         Of the libraries only the major version counts: a major release may tokenize or pool in another way, while
         a patch moves a component by 1e-7 and must not empty every cache.
@@ -124,6 +158,15 @@ class TorchBackend:
             for encoding, count in zip(encodings, counts, strict=True)
         ]
 
+    def arrays(self, text: str) -> dict[str, NDArray[np.int64]]:
+        """What the transformer is given for one text: int64 [1, tokens] each."""
+        [one] = self.tokenize([text], prompt="", direction="right")
+        return {name: np.array([values], np.int64) for name, values in one.features.items()}
+
+    def describe(self, texts: Sequence[str], *, prompt: str, add_special_tokens: bool) -> list[TokenizedText]:
+        encodings = self._raw.encode_batch([prompt + text for text in texts], add_special_tokens=add_special_tokens)
+        return [_described(encoding) for encoding in encodings]
+
     @torch.inference_mode()
     def embed(self, batch: Sequence[Tokenized]) -> NDArray[np.float32]:
         by_prompt: dict[int, list[int]] = defaultdict(list)
@@ -139,14 +182,18 @@ class TorchBackend:
 
     def _forward(self, batch: Sequence[Tokenized]) -> NDArray[np.float32]:
         names = batch[0].features
+        rows = [*batch, *[batch[-1]] * (self.grid.rows(len(batch)) - len(batch))]
         padded = self._tokenizer.pad(
-            {name: [text.features[name] for text in batch] for name in names}, return_tensors="pt"
+            {name: [text.features[name] for text in rows] for name in names},
+            padding="max_length",
+            max_length=self.grid.length(max(len(text) for text in batch)),
+            return_tensors="pt",
         )
-        features: dict[str, Any] = dict(padded)
+        features: dict[str, Any] = {name: tensor.to(self._device) for name, tensor in padded.items()}
         if batch[0].prompt_tokens:
             features["prompt_length"] = batch[0].prompt_tokens
-        vectors: NDArray[np.float32] = self._model(features)["sentence_embedding"].float().numpy()
-        return vectors
+        vectors: NDArray[np.float32] = self._model(features)["sentence_embedding"].float().cpu().numpy()
+        return vectors[: len(batch)]
 
     def _encode_cut(self, texts: list[str], direction: Direction) -> list[Any]:
         """Encodes again with truncation: only the few texts that need it pay, and the count above stays exact."""
@@ -170,6 +217,12 @@ class TorchBackend:
             ids = self._raw.encode(prompt).ids[: self.max_tokens]
             self._prompt_tokens[prompt] = len(ids) - (ids[-1] in self._tokenizer.all_special_ids)
         return self._prompt_tokens[prompt]
+
+
+def _described(encoding: Any) -> TokenizedText:
+    special = [bool(flag) for flag in encoding.special_tokens_mask]
+    offsets = [None if flag else tuple(offset) for offset, flag in zip(encoding.offsets, special, strict=True)]
+    return TokenizedText(encoding.ids, encoding.tokens, offsets, special)
 
 
 def _fast_tokenizer(model: SentenceTransformer) -> Any:

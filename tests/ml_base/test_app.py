@@ -12,9 +12,23 @@ import pytest
 
 from ml_base.app import Replica, create_app
 from ml_base.config import Settings
+from ml_base.loading import ModelUnavailableError
+from ml_base.metrics import Metrics
+from ml_base.models import Models
 from ml_base.threads import Threads
-from ml_base.wire import BINARY_TYPE, Embedded, Lane
-from tests.ml_base.fakes import CARD, POISON, FakeBackend, loaded, until, vector_of
+from ml_base.wire import BINARY_TYPE, Embedded, Lane, ModelList, Tokenized
+from tests.ml_base.fakes import (
+    CARD,
+    POISON,
+    SLICE_TOKENS,
+    FakeBackend,
+    FakeLoader,
+    loaded,
+    server,
+    sources,
+    until,
+    vector_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -25,10 +39,15 @@ SECRET = "diary"
 class Served:
     """A replica over a fake model, and a client in the same process."""
 
-    def __init__(self, backend: FakeBackend, client: httpx.AsyncClient, replica: Replica) -> None:
+    def __init__(self, backend: FakeBackend, loader: FakeLoader, client: httpx.AsyncClient, replica: Replica) -> None:
         self.backend = backend
+        self.loader = loader
         self.client = client
         self.replica = replica
+
+    async def post(self, path: str, body: Any, key: str = "") -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return await self.client.post(path, content=json.dumps(body).encode(), headers=headers)
 
     async def embed(self, body: Any, **headers: str) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -43,14 +62,29 @@ def settings_of(**environment: Any) -> Settings:
     return Settings(**{"INSTANCE_ID": "r1", **environment})
 
 
+def replica_of(backend: FakeBackend, load: FakeLoader, **environment: Any) -> Replica:
+    """`fake-model` over `backend`, and `second`, which is loaded when it is asked for."""
+    settings, metrics = settings_of(**environment), Metrics()
+    models = Models(
+        sources(CARD.id, "second"),
+        preloaded={CARD.id: loaded(backend, slice_tokens=settings.max_batch_tokens or SLICE_TOKENS)},
+        load=load,
+        serve=server(max_queue_texts=settings.max_queue_texts, observer=metrics),
+        observer=metrics,
+        unload_after_s=0,
+    )
+    return Replica(settings, models, metrics, Threads(1, "a test"))
+
+
 @asynccontextmanager
-async def serving(*, held: bool = False, **environment: Any) -> AsyncIterator[Served]:
+async def serving(*, held: bool = False, loading_held: bool = False, **environment: Any) -> AsyncIterator[Served]:
     backend = FakeBackend(held=held)
-    replica = Replica(settings_of(**environment), loaded(backend), Threads(1, "a test"))
+    loader = FakeLoader(held=loading_held)
+    replica = replica_of(backend, loader, **environment)
     app = create_app(replica)
     transport = httpx.ASGITransport(app=app)
-    async with replica.model, httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        yield Served(backend, client, replica)
+    async with replica.models, httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield Served(backend, loader, client, replica)
 
 
 async def test_a_json_reply_has_unit_vectors_in_order_and_all_that_the_contract_names() -> None:
@@ -137,7 +171,7 @@ async def test_a_text_the_model_breaks_on_is_a_500_for_its_request_and_harms_no_
         first = asyncio.create_task(served.embed({"texts": ["a"]}))
         await until(lambda: len(served.backend.model.slices) == 1)
         good, bad = (asyncio.create_task(served.embed({"texts": [text]})) for text in ("good", POISON))
-        await until(lambda: served.replica.model.batcher.reserved(Lane.INTERACTIVE) == 3)
+        await until(lambda: served.replica.models.waiting(Lane.INTERACTIVE) == 3)
         served.backend.model.finish(9)
         assert [(await task).status_code for task in (first, good, bad)] == [200, 200, 500]
         assert (await bad).json()["error_type"] == "Backend"
@@ -163,7 +197,7 @@ async def test_a_request_over_its_time_is_a_504_while_the_model_is_busy() -> Non
 async def test_the_priority_header_chooses_the_lane() -> None:
     async with serving(held=True) as served:
         task = asyncio.create_task(served.embed({"texts": ["a"]}, x_priority="bulk"))
-        await until(lambda: served.replica.model.batcher.reserved(Lane.BULK) == 1)
+        await until(lambda: served.replica.models.waiting(Lane.BULK) == 1)
         served.backend.model.finish()
         await task
 
@@ -193,10 +227,10 @@ async def test_texts_of_a_caller_that_hung_up_leave_the_queue_uncomputed() -> No
             "root_path": "",
         }
         gone = asyncio.create_task(served.client._transport.app(scope, receive, send))  # type: ignore[attr-defined]
-        await until(lambda: served.replica.model.batcher.reserved(Lane.INTERACTIVE) == 3)
+        await until(lambda: served.replica.models.waiting(Lane.INTERACTIVE) == 3)
         hang_up.set()
         await gone
-        assert served.replica.model.batcher.reserved(Lane.INTERACTIVE) == 1
+        assert served.replica.models.waiting(Lane.INTERACTIVE) == 1
         served.backend.model.finish(9)
         await first
         assert served.backend.model.slices == [["a"]]
@@ -236,8 +270,8 @@ async def test_models_tells_a_gateway_the_card() -> None:
     assert body["default"] == "fake-model"
     assert served_model["card"]["fingerprint"] == CARD.fingerprint
     assert served_model["card"]["prompts"] == {"query": "ask "}
-    assert (served_model["state"], served_model["threads"]) == ("ready", 1)
-    assert served_model["memory_bytes"] > 1_000_000
+    assert (served_model["state"], body["threads"]) == ("ready", 1)
+    assert body["memory_bytes"] > 1_000_000
 
 
 async def test_info_shows_the_effective_configuration() -> None:
@@ -257,7 +291,7 @@ async def test_unknown_paths_and_methods_are_refused_in_the_same_shape() -> None
 async def test_the_documentation_shows_the_request_the_reply_and_the_refusals() -> None:
     async with serving() as served:
         document = (await served.client.get("/openapi.json")).json()
-        assert (await served.client.get("/docs")).status_code == 200
+        assert (await served.client.get("/docs")).status_code == 404  # its page would load scripts from elsewhere
     embed = document["paths"]["/embed"]["post"]
     assert embed["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/EmbedRequest")
     assert {"200", "400", "404", "413", "422", "429", "500", "503", "504"} <= set(embed["responses"])
@@ -281,7 +315,7 @@ async def test_a_large_json_reply_lets_others_in_between() -> None:
 
 
 async def test_its_lifespan_opens_and_closes_the_model() -> None:
-    replica = Replica(settings_of(), loaded(FakeBackend()), Threads(1, "a test"))
+    replica = replica_of(FakeBackend(), FakeLoader())
     app = create_app(replica)
     messages: asyncio.Queue[Any] = asyncio.Queue()
     sent: asyncio.Queue[Any] = asyncio.Queue()
@@ -293,3 +327,133 @@ async def test_its_lifespan_opens_and_closes_the_model() -> None:
     assert (await sent.get())["type"] == "lifespan.shutdown.complete"
     await task
     assert replica.troubles() == ["inference ended"]
+
+
+async def test_model_id_chooses_the_model_and_has_it_loaded() -> None:
+    async with serving() as served:
+        reply = await served.embed({"texts": ["a"], "model_id": "second"})
+        assert (reply.status_code, reply.json()["model"]) == (200, "second")
+        binary = await served.embed({"texts": ["a"], "model_id": "second"}, accept=BINARY_TYPE)
+        assert Embedded.from_bytes(binary.content, texts=1).card.id == "second"
+        assert served.count("ml_base_model_info", model="second", fingerprint=CARD.fingerprint, backend="", dtype="")
+
+
+async def test_health_answers_while_a_model_is_loaded_and_a_request_that_waits_keeps_to_its_time() -> None:
+    async with serving(loading_held=True) as served:
+        late = await served.embed({"texts": ["a"], "model_id": "second"}, x_request_timeout_ms="20")
+        assert (late.status_code, late.json()["error"]) == (504, "no answer within the 0.02 s that were allowed")
+        assert (await served.client.get("/health")).status_code == 200
+        states = [item["state"] for item in (await served.client.get("/models")).json()["models"]]
+        assert states == ["ready", "loading"]
+        served.loader.finish()
+
+
+async def test_a_model_that_cannot_be_loaded_is_a_503_that_says_why_and_when_to_come_back() -> None:
+    async with serving() as served:
+        served.loader.problem = ModelUnavailableError("model second: no memory left")
+        reply = await served.embed({"texts": ["a"], "model_id": "second"})
+        assert (reply.status_code, reply.json()["field"], reply.headers["retry-after"]) == (503, "model_id", "5")
+        assert reply.json()["error"] == "model_id: model second: no memory left"
+
+
+async def test_tokenize_shows_ids_tokens_offsets_and_which_are_special() -> None:
+    async with serving() as served:
+        reply = await served.post("/tokenize", {"texts": ["hi", ""]})
+        bare = await served.post("/tokenize", {"texts": ["hi"], "add_special_tokens": False, "prompt_name": "query"})
+    assert reply.json() == {
+        "model": "fake-model",
+        "texts": [
+            {
+                "ids": [0, 104, 105],
+                "tokens": ["<s>", "h", "i"],
+                "offsets": [None, [0, 1], [1, 2]],
+                "special": [True, False, False],
+            },
+            {"ids": [0], "tokens": ["<s>"], "offsets": [None], "special": [True]},
+        ],
+    }
+    assert bare.json()["texts"][0]["tokens"] == list("ask hi")
+    assert [len(text.ids) for text in Tokenized.from_json(reply.content).texts] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "field"),
+    [
+        ({}, 422, "texts"),
+        ({"texts": []}, 422, "texts"),
+        ({"texts": ["a"] * 6}, 422, "texts"),
+        ({"texts": ["a" * 101]}, 422, "texts[0]"),
+        ({"texts": ["a"], "add_special_tokens": 1}, 422, "add_special_tokens"),
+        ({"texts": ["a"], "prompt_name": "nope"}, 422, "prompt_name"),
+        ({"texts": ["a"], "model_id": "third"}, 404, "model_id"),
+    ],
+)
+async def test_what_cannot_be_tokenized_is_refused_in_json_that_names_the_field(
+    body: Any, status: int, field: str
+) -> None:
+    async with serving(MAX_TEXTS=5, MAX_TEXT_BYTES=100) as served:
+        reply = await served.post("/tokenize", body)
+    assert (reply.status_code, reply.json()["field"]) == (status, field)
+
+
+async def test_a_model_is_loaded_and_unloaded_by_name_and_the_reply_is_the_list() -> None:
+    async with serving() as served:
+        loaded_list = (await served.post("/models/load", {"model_id": "second"})).json()
+        unloaded_list = (await served.post("/models/unload", {"model_id": "second"})).json()
+    assert [item["state"] for item in loaded_list["models"]] == ["ready", "ready"]
+    assert [item["state"] for item in unloaded_list["models"]] == ["ready", "unloaded"]
+    assert unloaded_list["models"][1]["card"] == loaded_list["models"][1]["card"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/models/unload", {"model_id": "fake-model"}, 422),
+        ("/models/unload", {"model_id": "third"}, 404),
+        ("/models/load", {"model_id": "third"}, 404),
+        ("/models/load", {}, 422),
+        ("/models/load", {"model_id": "x" * 5000}, 413),
+    ],
+)
+async def test_what_cannot_be_loaded_or_unloaded_is_refused(path: str, body: Any, status: int) -> None:
+    async with serving() as served:
+        reply = await served.post(path, body)
+    assert reply.status_code == status
+    assert reply.json()["field"] in {"model_id", "body"}
+
+
+@pytest.mark.parametrize("path", ["/models/load", "/models/unload"])
+async def test_with_admin_keys_only_they_load_and_unload(path: str) -> None:
+    async with serving(ADMIN_API_KEYS="good,other") as served:
+        answers = [(await served.post(path, {"model_id": "second"}, key)).status_code for key in ("", "bad", "other")]
+        assert answers == [401, 401, 200]
+        assert (await served.embed({"texts": ["a"]})).status_code == 200  # embedding needs none here
+
+
+async def test_the_gateways_reader_understands_the_list_of_models() -> None:
+    async with serving() as served:
+        listed = ModelList.from_json((await served.client.get("/models")).content)
+    assert [(model.id, model.state) for model in listed.models] == [("fake-model", "ready"), ("second", "unloaded")]
+    assert (listed.default, listed.models[0].card, listed.models[1].card) == ("fake-model", CARD, None)
+
+
+async def test_a_replica_whose_inference_never_comes_back_ends_itself() -> None:
+    ended: list[int] = []
+    async with serving(held=True, ML_BASE_STUCK_EXIT_S="0.05") as served:
+        request = asyncio.create_task(served.embed({"texts": ["a"]}))
+        watch = asyncio.create_task(served.replica.end_when_stuck(ended.append))
+        await until(lambda: bool(ended))
+        served.backend.model.finish()
+        await request
+        watch.cancel()
+    assert set(ended) == {70}
+
+
+async def test_a_busy_replica_lives_on() -> None:
+    ended: list[int] = []
+    async with serving(ML_BASE_STUCK_EXIT_S="0.05") as served:
+        watch = asyncio.create_task(served.replica.end_when_stuck(ended.append))
+        for _ in range(50):
+            await served.embed({"texts": ["a"]})
+        watch.cancel()
+    assert ended == []

@@ -44,10 +44,12 @@ def test_only_the_documented_names_are_read(name: str, monkeypatch: pytest.Monke
         ("ML_BASE_PORT", "0", "greater than or equal to 1"),
         ("ML_BASE_PORT", "http", "valid integer"),
         ("ML_BASE_BACKEND", "onnx", "'auto', 'torch' or 'openvino'"),
-        ("ML_BASE_DTYPE", "int4", "'auto', 'float32' or 'bfloat16'"),
-        ("ML_BASE_DEVICE", "cuda", "'auto' or 'cpu'"),
-        ("ML_BASE_MODELS", "a,b", "exactly one model is served for now, got 2"),
-        ("ML_BASE_MODELS", " , ", "exactly one model is served for now, got 0"),
+        ("ML_BASE_DTYPE", "int4", "'auto', 'float32', 'bfloat16', 'float16' or 'int8'"),
+        ("ML_BASE_DEVICE", "gpu", "'auto', 'cpu' or 'cuda'"),
+        ("ML_BASE_MODELS", " , ", "needs the name of a model"),
+        ("ML_BASE_LOAD_AT_START", "none", "'default' or 'all'"),
+        ("ML_BASE_MODEL_UNLOAD_TIMEOUT", "-1", "greater than or equal to 0"),
+        ("ML_BASE_MAX_SLICE_MS", "0", "greater than 0"),
         ("ML_BASE_MAX_BATCH_SIZE", "-1", "greater than or equal to 1"),
         ("ML_BASE_BULK_SHARE", "1.5", "less than or equal to 1"),
         ("ML_BASE_THREADS", "many", "valid integer"),
@@ -73,7 +75,7 @@ def test_auto_means_that_we_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ML_BASE_MAX_BATCH_TOKENS", "AUTO")
     settings = read_environment()
     assert settings.wanted_threads is None
-    assert settings.batch_tokens(threads=2) == 2 * config.TOKENS_PER_THREAD
+    assert settings.max_batch_tokens == 0
 
 
 def test_what_the_operator_sets_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +83,12 @@ def test_what_the_operator_sets_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("ML_BASE_MAX_BATCH_TOKENS", "100")
     settings = read_environment()
     assert settings.wanted_threads == 3
-    assert settings.batch_tokens(threads=8) == 100
+    assert settings.max_batch_tokens == 100
+
+
+def test_the_first_model_named_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ML_BASE_MODELS", "first, maker/second ,,./third")
+    assert read_environment().model_names == ["first", "maker/second", "./third"]
 
 
 def test_settings_cannot_be_changed_later() -> None:
@@ -97,3 +104,17 @@ def test_drain_and_finish_end_before_docker_loses_its_patience() -> None:
 def test_each_variable_has_one_field() -> None:
     names = re.findall(r'validation_alias="(\w+)"', Path(config.__file__).read_text())
     assert len(names) == len(set(names)) == len(Settings.model_fields)
+
+
+def test_admin_keys_are_read_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADMIN_API_KEYS", "marker-a,marker-b")
+    settings = read_environment()
+    assert b"marker-b" in settings.admin_keys
+    assert "marker" not in repr(settings) + str(settings.model_dump())
+
+
+def test_a_refused_secret_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADMIN_API_KEYS", "märker")
+    with pytest.raises(ConfigError) as wrong:
+        read_environment()
+    assert str(wrong.value) == "ADMIN_API_KEYS: a key must be of printable ASCII characters"

@@ -16,7 +16,8 @@ import httpx
 import numpy as np
 import pytest
 
-from ml_base.models import resolve
+from ml_base.loading import resolve
+from tests.ml_base.tiny import DIMENSION, save_tiny
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,18 +33,19 @@ def free_port() -> int:
 
 
 @contextmanager
-def program(log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`python -m ml_base`, ended whatever happens."""
+def program(log: Path, *, module: str = "ml_base", **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`python -m` that module, ended whatever happens."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ML_BASE_")}
     settings = {
         "ML_BASE_HOST": "127.0.0.1",
         "ML_BASE_THREADS": "1",
         "ML_BASE_DTYPE": "float32",  # held to encode digit by digit
+        "ML_BASE_MAX_SLICE_MS": "10",  # fewer sizes are tried, fewer shapes warmed
         "ML_BASE_CACHE_DIR": str(log.parent / "models"),
         **environment,
     }
     with log.open("wb") as output:
-        process = subprocess.Popen([sys.executable, "-m", "ml_base"], env=inherited | settings, stderr=output)
+        process = subprocess.Popen([sys.executable, "-m", module], env=inherited | settings, stderr=output)
         try:
             yield process
         finally:
@@ -91,6 +93,30 @@ def test_it_serves_the_vectors_of_encode_and_drains_on_sigterm(tmp_path: Path) -
     assert "Traceback" not in written
 
 
+def test_what_was_prepared_is_only_loaded_and_a_second_model_when_it_is_asked_for(tiny: Path, tmp_path: Path) -> None:
+    port, log, preparing = free_port(), tmp_path / "log", tmp_path / "preparing"
+    url = f"http://127.0.0.1:{port}"
+    models = {
+        "ML_BASE_MODELS": f"{tiny}, {save_tiny(tmp_path / 'other', seed=1)}",
+        "ML_BASE_MAX_BATCH_TOKENS": "64",  # else so small a model has hundreds of shapes
+    }
+    with program(preparing, module="ml_base.prepare", **models) as process:
+        assert process.wait(timeout=START_S) == 0
+    assert preparing.read_text().count("converted the model") == 2
+    with program(log, ML_BASE_PORT=str(port), ML_BASE_DRAIN_S="0", **models) as process:
+        wait_until_healthy(url, process)
+        assert [one["state"] for one in httpx.get(f"{url}/models").json()["models"]] == ["ready", "unloaded"]
+        replies = [
+            httpx.post(f"{url}/embed", content=json.dumps({"texts": ["a b"], "model_id": name}), timeout=30).json()
+            for name in ("tiny", "other")
+        ]
+        assert [reply["dimension"] for reply in replies] == [DIMENSION] * 2
+        assert replies[0]["embeddings"] != replies[1]["embeddings"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=15) == 0
+    assert "converted" not in log.read_text()
+
+
 @pytest.mark.parametrize(
     ("environment", "code", "says"),
     [
@@ -101,6 +127,11 @@ def test_it_serves_the_vectors_of_encode_and_drains_on_sigterm(tmp_path: Path) -
             "ml-base: model 'no-such/model' cannot be loaded from the model hub: ",
         ),
         ({"ML_BASE_MODELS": "./no-such-model"}, 1, "ml-base: model './no-such-model': no such folder"),
+        (
+            {"ML_BASE_MODELS": "all-MiniLM-L6-v2,all-MiniLM-L6-v2"},
+            1,
+            "ml-base: ML_BASE_MODELS: two of all-MiniLM-L6-v2,all-MiniLM-L6-v2 have the same name",
+        ),
     ],
 )
 def test_what_cannot_work_ends_it_with_one_line(

@@ -12,8 +12,6 @@ CARD = ModelCard(id="m", fingerprint="f", dimension=1, max_tokens=1)
 def watched(waiting: dict[Lane, int] | None = None) -> Metrics:
     metrics = Metrics()
     metrics.watch(
-        CARD,
-        threads=2,
         waiting=lambda lane: (waiting or {}).get(lane, 0),
         draining=lambda: True,
         running_for_s=lambda: 1.5,
@@ -76,3 +74,19 @@ def test_gauges_are_read_when_somebody_asks() -> None:
     assert value(metrics, "ml_base_running_seconds") == 1.5
     waiting[Lane.BULK] = 9
     assert value(metrics, "ml_base_queue_texts", lane="bulk") == 9
+
+
+def test_a_model_is_shown_as_long_as_it_is_in_memory() -> None:
+    metrics = watched()
+    labels = {"model": "m", "fingerprint": "f", "backend": "", "dtype": ""}
+    assert value(metrics, "ml_base_model_info", **labels) is None
+    metrics.model_loaded(CARD)
+    assert value(metrics, "ml_base_model_info", **labels) == 1
+    metrics.model_unloaded(CARD)
+    assert value(metrics, "ml_base_model_info", **labels) is None
+
+
+def test_texts_of_which_only_a_part_was_read_are_counted() -> None:
+    metrics = watched()
+    metrics.truncated(3)
+    assert value(metrics, "ml_base_truncated_texts_total") == 3

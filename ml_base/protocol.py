@@ -1,0 +1,161 @@
+"""What uvicorn leaves to a proxy in front: limits on a request's head, on the time a request may take to arrive, and on
+callers that do not take their reply.
+
+All of it but a comparison for each read from the network is done by `sweep`, once a second and connection: a request
+that arrives in one piece pays nothing for timers.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from ml_base import native
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from uvicorn._types import ASGI3Application
+    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+log = logging.getLogger(__name__)
+
+LATE = "body_late"
+"""In a scope's state: the body has not arrived in time, and whoever reads it should give up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one connection."""
+
+    head_bytes: int = 64 << 10
+    """Request line and headers: eight times what common servers allow, for clients with large cookies or tokens. One
+    read from the network (256 kB) may pass it."""
+    head_s: float = 10.0
+    """For a head to arrive: HAProxy's own limit (`timeout http-request`), also for a connection that sends nothing."""
+    body_s: float = 60.0
+    """For a body to arrive: the largest (32 MiB) takes this long at 4.5 Mbit/s."""
+    body_bytes: int = 32 << 20
+    """Of what the routes accept. Twice that may come over the wire: room for chunk headers, not for endless ones."""
+    unread_s: float = 30.0
+    """For a caller that has stopped taking its reply, which is held in memory meanwhile."""
+
+    @property
+    def request_bytes(self) -> int:
+        return self.head_bytes + 2 * self.body_bytes
+
+
+class _Waits(enum.Enum):
+    """What a connection waits for, if that is its caller's turn."""
+
+    HEAD = enum.auto()
+    BODY = enum.auto()
+    READER = enum.auto()
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """One connection. Use `with_limits`; the server must call `sweep` about once a second."""
+
+    limits: ClassVar[Limits] = Limits()
+    cycle: RequestResponseCycle | None  # type: ignore[assignment]  # uvicorn says it never is None; it is at first
+    _wire_bytes = 0  # of a request that has not arrived whole, and which one that is
+    _wire_scope: object = None
+    _running: RequestResponseCycle | None = None
+    _stalled: tuple[object, ...] | None = None
+    _stalled_at = 0.0
+
+    @classmethod
+    def with_limits(cls, limits: Limits) -> type[Self]:
+        return type(cls.__name__, (cls,), {"limits": limits})
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        cycle = self.cycle
+        in_head = cycle is None or cycle.scope is not self.scope
+        if cycle is not None and not in_head and not cycle.more_body:
+            self._wire_bytes = 0
+            return
+        if self._wire_scope is self.scope:
+            self._wire_bytes += len(data)
+        else:  # what was read along may belong to the request before it
+            self._wire_scope, self._wire_bytes = self.scope, min(len(data), self.limits.head_bytes)
+        if in_head and self._wire_bytes > self.limits.head_bytes:
+            self._refuse(431, f"headers: at most {self.limits.head_bytes} bytes, got more", "Validation")
+        elif self._wire_bytes > self.limits.request_bytes:
+            self._refuse(413, f"request: at most {self.limits.request_bytes} bytes, got more", "Validation")
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._end_running()
+
+    def _end_running(self) -> None:
+        """Tells the request in hand that its caller is gone.
+
+        uvicorn tells only the one that came last; one before it would go on to write where nothing can be written.
+        """
+        running = self._running
+        if running is not None and not running.response_complete:
+            running.disconnected = True
+            running.message_event.set()
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's, which logs the message itself
+        self._refuse(400, "request: not HTTP that can be understood here", "Validation")
+
+    def sweep(self, now: float) -> None:
+        """Ends what its caller has left hanging. `now` is in seconds of the monotonic clock."""
+        waits = self._waits()
+        if waits != self._stalled:
+            self._stalled, self._stalled_at = waits, now
+        elif waits is not None:
+            self._check(waits[0], now - self._stalled_at)
+
+    def _waits(self) -> tuple[object, ...] | None:
+        """What for, and for which one: two of the same in a row are told apart."""
+        unread_bytes = self.transport.get_write_buffer_size()
+        if unread_bytes:
+            return _Waits.READER, unread_bytes
+        cycle = self.cycle
+        arriving = cycle is not None and cycle.scope is self.scope and cycle.more_body
+        if cycle is not None and not cycle.response_complete:  # at work; on one of several requests, maybe
+            return (_Waits.BODY, id(cycle)) if arriving and not self.pipeline else None
+        return None if self.timeout_keep_alive_task is not None else (_Waits.HEAD, id(self.scope))
+
+    def _check(self, waits: object, waited_s: float) -> None:
+        limits = self.limits
+        if waits is _Waits.READER and waited_s > limits.unread_s:
+            log.info("a caller took nothing of its reply for %.0f s", waited_s)
+            self.transport.abort()
+        elif waits is _Waits.HEAD and waited_s > limits.head_s:
+            if self._wire_bytes:
+                self._refuse(408, f"headers: not complete after {limits.head_s:g} s", "Timeout")
+            self.transport.close()
+        elif waits is _Waits.BODY and waited_s > limits.body_s and (cycle := self.cycle) is not None:
+            if LATE in cycle.scope["state"]:  # told a sweep ago, and nobody listens
+                self.transport.close()
+            cycle.scope["state"][LATE] = limits.body_s
+            cycle.message_event.set()  # wakes whoever awaits the next part
+
+    def _refuse(self, status: int, error: str, error_type: str) -> None:
+        """Answers what never became a request, and hangs up. Nothing is written into a reply that has begun."""
+        if self.transport.is_closing():
+            return
+        request_id = secrets.token_hex(8)
+        log.info("request_id=%s refused with %d: %s", request_id, status, error)
+        running = self._running
+        if running is None or running.response_complete or not running.response_started:
+            reply = native.ErrorReply(error=error, error_type=error_type, request_id=request_id)
+            body = reply.model_dump_json(exclude_none=True).encode()
+            headers = f"connection: close\r\nx-request-id: {request_id}\r\ncontent-length: {len(body)}\r\n\r\n"
+            kind = b"content-type: application/json\r\n"
+            self.transport.write(STATUS_LINE[status] + kind + headers.encode() + body)
+        self._end_running()
+        self.transport.close()

@@ -1,0 +1,201 @@
+"""Limits of one connection, over a real socket; time is told by the test."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from ml_base import asgi
+from ml_base.protocol import LimitedProtocol, Limits
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.types import Receive, Scope, Send
+
+LIMITS = Limits(head_bytes=2000, head_s=10, body_s=60, body_bytes=50_000, unread_s=30)
+HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n"
+
+
+class Server:
+    """Echoes bodies, and gives `/large` more than a socket takes. Its connections are swept by hand."""
+
+    def __init__(self) -> None:
+        self.state = ServerState()
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.failures: list[BaseException] = []
+        self._callers: list[Caller] = []
+        http = LimitedProtocol.with_limits(LIMITS)
+        config = uvicorn.Config(self.app, http=http, interface="asgi3", proxy_headers=False, log_config=None)
+        config.load()
+        self._config = config
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["request_id"] = "rid"
+        try:
+            await asgi.guarded(self.echo)(scope, receive, send)
+        except BaseException as failure:
+            self.failures.append(failure)
+            raise
+
+    async def echo(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await asgi.read_body(scope, receive, limit_bytes=50_000)
+        await self.gate.wait()
+        await asgi.send_bytes(send, 200, [b"x" * 50_000_000 if scope["path"] == "/large" else body])
+
+    async def __aenter__(self) -> Self:
+        make: Any = self._config.http_protocol_class
+        self._server = await asyncio.get_running_loop().create_server(
+            lambda: make(config=self._config, server_state=self.state, app_state={}), "127.0.0.1", 0
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for caller in self._callers:
+            caller.writer.close()
+            with contextlib.suppress(OSError):
+                await caller.writer.wait_closed()
+        for connection in list(self.state.connections):
+            connection.transport.abort()
+        self._server.close()
+        await asyncio.gather(*self.state.tasks, return_exceptions=True)
+
+    async def connect(self, raw: bytes = b"") -> Caller:
+        caller = Caller(*await asyncio.open_connection(*self._server.sockets[0].getsockname()))
+        self._callers.append(caller)
+        await caller.send(raw)
+        return caller
+
+    async def sweep(self, *at_s: float) -> None:
+        for now in at_s:
+            for connection in list(self.state.connections):
+                connection.sweep(now)  # type: ignore[union-attr]
+            await asyncio.sleep(0.01)
+
+
+class Caller:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self.writer = writer
+
+    async def send(self, raw: bytes) -> None:
+        self.writer.write(raw)
+        await asyncio.sleep(0.02)  # until the server has read it: both ends share this loop
+
+    async def reply(self) -> tuple[int, Any]:
+        """Status and body of what comes before the connection is closed."""
+        async with asyncio.timeout(5):
+            raw = await self._reader.read()
+        head, _, body = raw.partition(b"\r\n\r\n")
+        return int(head[9:12] or 0), json.loads(body or b"null")
+
+    async def is_open(self) -> bool:
+        with contextlib.suppress(TimeoutError):
+            return bool(await asyncio.wait_for(self._reader.read(1), 0.05))
+        return True
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with Server() as server:
+        yield server
+        assert not server.failures
+
+
+async def test_a_head_that_does_not_come_to_an_end_is_given_up_with_408(server: Server) -> None:
+    caller = await server.connect(HEAD[:20])
+    await server.sweep(0, 9)
+    await caller.send(HEAD[20:22])
+    await server.sweep(10)
+    assert await caller.is_open()
+    await server.sweep(10.5)
+    assert (await caller.reply())[0] == 408
+
+
+@pytest.mark.parametrize(("sent", "told"), [(b"", 0), (b"\r\n", 408)])
+async def test_a_connection_that_sends_no_request_is_closed(server: Server, sent: bytes, told: int) -> None:
+    caller = await server.connect(sent)
+    await server.sweep(0, 10.5)
+    assert (await caller.reply())[0] == told
+
+
+async def test_a_body_that_comes_a_byte_at_a_time_is_given_up_with_408_in_json(server: Server) -> None:
+    caller = await server.connect(HEAD)
+    for second, byte in enumerate(b"abcd"):
+        await server.sweep(second * 15)
+        await caller.send(bytes([byte]))
+    await server.sweep(60.5)
+    status, body = await caller.reply()
+    assert (status, body["error_type"], body["limit"]) == (408, "Timeout", 60)
+
+
+async def test_time_that_passes_while_we_compute_is_not_the_callers(server: Server) -> None:
+    server.gate.clear()
+    caller = await server.connect(HEAD + b'"abc"')
+    await server.sweep(0, 1000, 2000)
+    server.gate.set()
+    await caller.send(b"")
+    assert await caller.is_open()
+
+
+async def test_a_connection_that_is_idle_between_requests_is_left_to_keep_alive(server: Server) -> None:
+    caller = await server.connect(HEAD + b'"abc"')
+    await server.sweep(0, 11, 22)
+    await caller.send(HEAD + b'"abc"')
+    assert caller._reader._buffer.count(b"200 OK") == 2  # type: ignore[attr-defined]
+
+
+async def test_a_caller_that_takes_nothing_of_its_reply_is_cut_off(server: Server) -> None:
+    caller = await server.connect(HEAD.replace(b"/", b"/large", 1) + b"12345")
+    transport = next(iter(server.state.connections)).transport
+    assert transport.get_write_buffer_size() > 0
+    caller.writer.transport.pause_reading()
+    await asyncio.sleep(0.05)
+    await server.sweep(0, 30.5)
+    assert not server.state.connections
+
+
+async def test_a_head_without_end_is_refused_with_431(server: Server) -> None:
+    caller = await server.connect(b"GET / HTTP/1.1\r\n")
+    for _ in range(3):
+        await caller.send(b"a: " + b"b" * 1000 + b"\r\n")
+    status, body = await caller.reply()
+    assert (status, body["error"]) == (431, "headers: at most 2000 bytes, got more")
+
+
+async def test_chunk_headers_without_end_are_refused(server: Server) -> None:
+    caller = await server.connect(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+    for _ in range(11):
+        await caller.send(b"1;" + b"x" * 10_000 + b"\r\na\r\n")
+    assert (await caller.reply())[0] == 413
+
+
+async def test_what_is_no_http_is_refused_in_json(server: Server) -> None:
+    caller = await server.connect(b"\x16\x03\x01 this is TLS\r\n\r\n")
+    status, body = await caller.reply()
+    assert (status, body["error_type"]) == (400, "Validation")
+
+
+async def test_requests_sent_in_a_row_are_each_answered(server: Server) -> None:
+    caller = await server.connect((HEAD + b'"abc"') * 20 + HEAD)
+    await caller.send(b'"abc"')
+    assert caller._reader._buffer.count(b"200 OK") == 21  # type: ignore[attr-defined]
+
+
+async def test_a_caller_that_leaves_with_a_request_in_hand_and_one_behind_it_breaks_nothing(server: Server) -> None:
+    server.gate.clear()
+    caller = await server.connect((HEAD + b'"abc"') * 2)
+    caller.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    caller.writer.close()
+    await asyncio.sleep(0.05)
+    server.gate.set()
+    await asyncio.sleep(0.05)
+    assert not server.state.tasks
