@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from embedding_service.admission import Admission
-from embedding_service.api import native, ops
+from embedding_service.api import docs, ops
+from embedding_service.api.dialects import Dialects, words
+from embedding_service.api.document import document
+from embedding_service.api.native import NativeDialect
+from embedding_service.api.openai import OpenAIDialect
+from embedding_service.api.serving import Serving
+from embedding_service.api.tei import TeiDialect
+from embedding_service.api.weaviate import WeaviateDialect
+from embedding_service.auth import Gate
 from embedding_service.catalog import Catalog
+from embedding_service.drift import Drift
 from embedding_service.embedder import Embedder
 from embedding_service.entry import Entry
 from embedding_service.fill import Fill, Landed
@@ -21,10 +30,13 @@ from embedding_service.singleflight import Flights
 from embedding_service.upstream import Balancer, Miss, Upstream
 from embedding_service.vectors import Renderer
 from ml_base import asgi
+from ml_base.keys import Keys, parse_keys
 from ml_base.wire import Lane
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+    from pydantic import SecretStr
 
     from embedding_service.config import Settings
     from embedding_service.metrics import Metrics
@@ -48,7 +60,14 @@ def build_service(settings: Settings, metrics: Metrics) -> Service:
         admission=admission,
         metrics=metrics,
     )
-    catalog = Catalog(fetch=upstream.fetch_card, recall=store.recall, remember=store.remember)
+    catalog = Catalog(
+        fetch=upstream.fetch_models,
+        probe=upstream.probe,
+        recall=store.recall,
+        remember=store.remember,
+        aliases=settings.aliases(),
+        unknown=settings.unknown_model,
+    )
     l1 = LRU[Entry](max_entries=settings.cache_size, size_of=Entry.size_bytes)
     flights = Flights[Miss, Landed](
         on_settled=lambda flight: admission.release(flight.payload.lane, flight.payload.work_bytes)
@@ -62,6 +81,9 @@ def build_service(settings: Settings, metrics: Metrics) -> Service:
         catalog=catalog,
         metrics=metrics,
     )
+    drift = None
+    if settings.check_hits:
+        drift = Drift(one_in=settings.check_hits, compute=upstream.compute_aside, metrics=metrics)
     embedder = Embedder(
         l1=l1,
         flights=flights,
@@ -71,8 +93,9 @@ def build_service(settings: Settings, metrics: Metrics) -> Service:
         upstream=upstream,
         catalog=catalog,
         metrics=metrics,
+        drift=drift,
     )
-    return Service(settings, metrics, l1, flights, store, admission, balancer, upstream, catalog, fill, embedder)
+    return Service(settings, metrics, l1, flights, store, admission, balancer, upstream, catalog, fill, embedder, drift)
 
 
 def create_app(service: Service, *, started: Callable[[], None] | None = None) -> asgi.Edge:
@@ -86,6 +109,8 @@ def create_app(service: Service, *, started: Callable[[], None] | None = None) -
             await stack.enter_async_context(service.store)
             await stack.enter_async_context(service.balancer)
             await stack.enter_async_context(service.upstream)
+            if service.drift is not None:
+                await stack.enter_async_context(service.drift)
             await stack.enter_async_context(service.fill)
             await stack.enter_async_context(service.catalog)
             await stack.enter_async_context(service)
@@ -99,21 +124,54 @@ def create_app(service: Service, *, started: Callable[[], None] | None = None) -
         summary="Text embeddings from a two-tier cache over replicated CPU model servers.",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
     )
-    dialect = native.NativeDialect(
+    document(app)
+    app.include_router(ops.router(service))
+    app.include_router(docs.router(title=app.title))
+    asgi.answer_unknown_routes(app, words=words)
+    direct = _dialects(service).routes()
+    gate = _gate(settings)
+    return asgi.Edge(
+        app,
+        direct=direct,
+        observe=service.observe,
+        draining=lambda: service.draining,
+        admit=gate.admit if gate.locks else None,
+        words=words,
+    )
+
+
+def _gate(settings: Settings) -> Gate:
+    def keys(secret: SecretStr | None) -> Keys:
+        return Keys(() if secret is None else parse_keys(secret.get_secret_value()))
+
+    return Gate(
+        keys=keys(settings.api_keys),
+        admin_keys=keys(settings.admin_api_keys),
+        operator_paths_open=settings.operator_paths_open,
+    )
+
+
+def _dialects(service: Service) -> Dialects:
+    settings = service.settings
+    serving = Serving(
         embedder=service.embedder,
         catalog=service.catalog,
         renderer=Renderer(max_ready_bytes=settings.ready_json_bytes),
         max_texts=settings.max_texts,
         max_text_bytes=settings.max_text_bytes,
         max_body_bytes=settings.max_body_bytes,
-        edition=settings.edition,
+        auto_truncate=settings.auto_truncate,
     )
-    native.document(app)
-    app.include_router(ops.router(service))
-    asgi.answer_unknown_routes(app)
-    direct = {"/embed": asgi.guarded(dialect.embed)}
-    return asgi.Edge(app, direct=direct, observe=service.observe, draining=lambda: service.draining)
+    return Dialects(
+        serving,
+        native=NativeDialect(serving, edition=settings.edition),
+        openai=OpenAIDialect(serving, max_inputs=settings.openai_max_inputs),
+        tei=TeiDialect(serving, catalog=service.catalog, upstream=service.upstream),
+        weaviate=WeaviateDialect(serving),
+    )
 
 
 def _store(settings: Settings, metrics: Metrics) -> RedisCache:

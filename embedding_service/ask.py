@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from embedding_service.metrics import CACHED, Outcome
@@ -31,21 +31,22 @@ class Ask:
     caller_gone: Callable[[], Coroutine[None, None, None]] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer:
-    """One entry and one outcome for each text, in the order of the texts."""
+    """One entry and one outcome for each text, in the order of the texts; and what they come to, counted once.
+
+    `tokens` are those the model read, over all texts: the same for a cached text as for a computed one.
+    """
 
     card: ModelCard
     entries: Sequence[Entry]
     outcomes: Sequence[Outcome]
+    tokens: int = field(init=False)
+    truncated: int = field(init=False)
+    cached: int = field(init=False)
 
-    def tokens(self) -> int:
-        """Tokens the model read, over all texts; the same for a cached text as for a computed one."""
+    def __post_init__(self) -> None:
         limit = self.card.max_tokens
-        return sum([min(entry.tokens, limit) for entry in self.entries])
-
-    def truncated_count(self) -> int:
-        return sum([entry.truncated for entry in self.entries])
-
-    def cached_count(self) -> int:
-        return sum([outcome in CACHED for outcome in self.outcomes])
+        self.tokens = sum([min(entry.tokens, limit) for entry in self.entries])
+        self.truncated = sum([entry.truncated for entry in self.entries])
+        self.cached = sum([outcome in CACHED for outcome in self.outcomes])

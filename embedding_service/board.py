@@ -54,6 +54,10 @@ class Board:
         """
         self._all[_EPOCH] = max(self._all[_EPOCH], epoch)
 
+    def largest(self, field: int) -> int:
+        """The largest over all processes, dead ones included."""
+        return max(self._all[_HEADER_CELLS + slot * self._fields + field] for slot in range(self._slots))
+
     def total(self, field: int) -> int:
         """The sum over all processes, dead ones included."""
         return sum(self._all[_HEADER_CELLS + slot * self._fields + field] for slot in range(self._slots))

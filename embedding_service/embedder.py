@@ -21,6 +21,7 @@ from ml_base.wire import TIMEOUT_HEADER, Lane
 if TYPE_CHECKING:
     from embedding_service.admission import Admission
     from embedding_service.catalog import Catalog
+    from embedding_service.drift import Drift
     from embedding_service.entry import Entry, KeySpace
     from embedding_service.fill import Fill, TextFlight, Upstream
     from embedding_service.lru import LRU
@@ -35,7 +36,10 @@ CHARS_PER_TOKEN = 6  # generous: a model that truncates at n tokens reads no mor
 
 
 class Embedder:
-    """Answers requests from L1, from flights under way, from L2, or by claiming what is missing."""
+    """Answers requests from L1, from flights under way, from L2, or by claiming what is missing.
+
+    `drift`, if there is one, checks a hit now and then.
+    """
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class Embedder:
         upstream: Upstream,
         catalog: Catalog,
         metrics: Metrics,
+        drift: Drift | None = None,
     ) -> None:
         self._l1 = l1
         self._flights = flights
@@ -57,6 +62,7 @@ class Embedder:
         self._upstream = upstream
         self._catalog = catalog
         self._metrics = metrics
+        self._drift = drift
 
     def __repr__(self) -> str:
         return f"<Embedder {self._l1!r}, {len(self._flights)} flights, {self._fill!r}>"
@@ -83,15 +89,15 @@ class Embedder:
 
     async def _attempt(self, ask: Ask, in_hand: dict[bytes, Landed]) -> Answer:
         self._fill.catch_up()
-        card = self._catalog.card(ask.model_id)
+        card = self._catalog.card(ask.model_id) or await self._catalog.learn(ask.model_id, deadline=ask.deadline)
         space = self._catalog.space(card, ask.prompt_name, ask.direction)
         keys = space.keys(ask.texts)
         if not (ask.bypass or in_hand) and (entries := self._l1.get_all(keys)) is not None:
-            return self._answer(card, entries, [Outcome.L1] * len(entries))
+            return self._answer(ask, card, space, entries, [Outcome.L1] * len(entries))
         joined, missing = self._look_up(ask, card, space, keys, in_hand)
         if joined or missing:
             await self._wait(ask, *self._take_off(ask, joined, missing), in_hand)
-        return self._put_together(card, keys, in_hand)
+        return self._put_together(ask, card, space, keys, in_hand)
 
     # --- synchronous from here to the claim: nothing can come between looking and claiming ---
 
@@ -161,7 +167,9 @@ class Embedder:
         if failures:  # a start over only if nothing worse happened, since it would meet that again
             raise min(failures, key=lambda failure: isinstance(failure, StartOver)).with_traceback(None)
 
-    def _put_together(self, card: ModelCard, keys: list[bytes], in_hand: dict[bytes, Landed]) -> Answer:
+    def _put_together(
+        self, ask: Ask, card: ModelCard, space: KeySpace, keys: list[bytes], in_hand: dict[bytes, Landed]
+    ) -> Answer:
         landed = [in_hand[key] for key in keys]
         outcomes = [one.outcome for one in landed]
         if len(set(keys)) < len(keys):  # a text sent twice is computed once: the second joined the first
@@ -170,9 +178,13 @@ class Embedder:
                 if key in seen and outcomes[place] is Outcome.UPSTREAM:
                     outcomes[place] = Outcome.JOINED
                 seen.add(key)
-        return self._answer(card, [one.entry for one in landed], outcomes)
+        return self._answer(ask, card, space, [one.entry for one in landed], outcomes)
 
-    def _answer(self, card: ModelCard, entries: list[Entry], outcomes: list[Outcome]) -> Answer:
+    def _answer(
+        self, ask: Ask, card: ModelCard, space: KeySpace, entries: list[Entry], outcomes: list[Outcome]
+    ) -> Answer:
         answer = Answer(card, entries, outcomes)
-        self._metrics.count_answer(outcomes, answer.tokens(), answer.truncated_count())
+        if self._drift is not None:
+            self._drift.see(space, ask.texts, answer)
+        self._metrics.count_answer(outcomes, answer.tokens, answer.truncated)
         return answer

@@ -31,12 +31,21 @@ if TYPE_CHECKING:
 
 VERSION = version("embedding-service")
 
-ROUTES = ("/embed", "other")
-STATUSES = (200, 400, 404, 405, 413, 422, 429, 499, 500, 503, 504)
+OTHER = "other"
+# paths that embed -> the route that they are counted under
+EMBED_ROUTES = {
+    "/embed": "/embed",
+    "/": "/embed",
+    "/v1/embeddings": "/v1/embeddings",
+    "/embeddings": "/v1/embeddings",
+    "/vectors": "/vectors",
+}
+ROUTES = ("/embed", "/v1/embeddings", "/vectors", OTHER)
+STATUSES = (200, 400, 401, 403, 404, 405, 408, 413, 422, 424, 429, 499, 500, 503, 504)
 _OTHER_STATUS = "other"
 _BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _MICRO = 1_000_000
-_MAX_FIELDS = 256  # of a row: the series below take about a hundred
+_MAX_FIELDS = 512  # of a row: the series below take about two hundred
 
 
 class Outcome(enum.StrEnum):
@@ -79,6 +88,24 @@ class Figure:
         return self._board.total(self._field)
 
 
+class Worst:
+    """The largest value so far of something that is never negative, over all processes; kept in millionths."""
+
+    __slots__ = ("_board", "_field", "_row")
+
+    def __init__(self, board: Board, field: int) -> None:
+        self._board = board
+        self._row = board.row
+        self._field = field
+
+    def raise_to(self, value: float) -> None:
+        self._row[self._field] = max(self._row[self._field], round(value * _MICRO))
+
+    @property
+    def value(self) -> float:
+        return self._board.largest(self._field) / _MICRO
+
+
 class Durations:
     """A histogram of seconds."""
 
@@ -102,6 +129,7 @@ class Metrics:
         self._fields = 0
         self._counters: list[tuple[str, str, Sequence[str], dict[tuple[str, ...], Figure]]] = []
         self._histograms: list[tuple[str, str, Sequence[str], dict[tuple[str, ...], Durations]]] = []
+        self._worsts: list[tuple[str, str, Worst]] = []
         self._gauges: list[tuple[str, str, Figure, Callable[[], float]]] = []
 
         self.requests = self._counter("embed_requests", "Embedding requests, whatever became of them.")
@@ -130,6 +158,15 @@ class Metrics:
         self.start_overs = self._counter(
             "start_overs", "Requests that looked up a second time: another fingerprint, or time."
         )
+        self.drift_checks = dict(
+            self._labelled(
+                "drift_checks",
+                "Cached vectors computed again: equal but for rounding, different, or left out.",
+                "result",
+                ("same", "different", "skipped"),
+            )
+        )
+        self.drift_worst = self._worst("drift_worst", "Largest 1 - cosine of a cached vector to its recomputation.")
         self._replies = self._reply_counters()
         self._reply_s = self._route_durations()
         self.upstream_duration = self._durations("upstream_duration", "One call to HAProxy, its repetition included.")
@@ -153,8 +190,8 @@ class Metrics:
 
     def count_reply(self, path: str, status: int, duration_s: float) -> None:
         """One request is over."""
-        route = path if path in self._reply_s else "other"
-        if route == "/embed":
+        route = EMBED_ROUTES.get(path, OTHER)
+        if route is not OTHER:
             self.requests.inc()
         replies = self._replies[route]
         (replies.get(status) or replies[0]).inc()
@@ -170,6 +207,11 @@ class Metrics:
         """Copies this process's gauges to where its siblings can see them."""
         for _, _, figure, read in self._gauges:
             figure.set(int(read()))
+
+    def withdraw(self) -> None:
+        """For a process that ends: what it counted stays, what it held is no more."""
+        for _, _, figure, _ in self._gauges:
+            figure.set(0)
 
     # --- reading ---
 
@@ -203,6 +245,8 @@ class Metrics:
             yield buckets
         for name, text, figure, _ in self._gauges:
             yield GaugeMetricFamily(f"embedding_{name}", text, value=figure.total)
+        for name, text, worst in self._worsts:
+            yield GaugeMetricFamily(f"embedding_{name}", text, value=worst.value)
         yield InfoMetricFamily("embedding_build", "What runs.", value={"version": VERSION})
 
     # --- making ---
@@ -220,6 +264,12 @@ class Metrics:
         figures = [(value, self._figure()) for value in values]
         self._counters.append((name, text, (label,), {(value,): figure for value, figure in figures}))
         return figures
+
+    def _worst(self, name: str, text: str) -> Worst:
+        self._fields += 1
+        worst = Worst(self.board, self._fields - 1)
+        self._worsts.append((name, text, worst))
+        return worst
 
     def _durations(self, name: str, text: str) -> Durations:
         durations = Durations(self._figure)

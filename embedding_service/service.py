@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from embedding_service.metrics import OTHER
 from ml_base.wire import Lane
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from embedding_service.admission import Admission
     from embedding_service.catalog import Catalog
     from embedding_service.config import Settings
+    from embedding_service.drift import Drift
     from embedding_service.embedder import Embedder
     from embedding_service.entry import Entry
     from embedding_service.fill import Fill, Landed
@@ -45,6 +47,7 @@ class Service:
     catalog: Catalog
     fill: Fill
     embedder: Embedder
+    drift: Drift | None = None
     draining: bool = False
 
     def __post_init__(self) -> None:
@@ -87,7 +90,10 @@ class Service:
 
     def observe(self, scope: Scope, status: int, duration_s: float) -> None:
         """One request is over."""
-        self.metrics.count_reply(scope["path"], status, duration_s)
+        path = scope["path"]
+        if path == "/" and scope["method"] != "POST":
+            path = OTHER  # a probe of the base URL, not a request to embed
+        self.metrics.count_reply(path, status, duration_s)
 
     def unready(self) -> list[str]:
         """Why nothing, not even what is cached, should be asked of this gateway; empty if it may."""

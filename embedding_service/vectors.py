@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import orjson
 
-from ml_base.native import ROWS_PER_CHUNK, UNIT_TOLERANCE, encode_rows, shape
+from ml_base.native import ROWS_PER_CHUNK, UNIT_TOLERANCE, encode_row, shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,18 +55,18 @@ class Renderer:
 
     def rows(
         self, entries: Sequence[Entry], *, dimensions: int | None, normalize: bool, encoding_format: str | None
-    ) -> Iterator[bytes]:
-        """Encoded vectors, comma separated, a chunk at a time, so that a caller may yield to the loop in between."""
+    ) -> Iterator[list[bytes]]:
+        """Encoded vectors, a chunk at a time, so that a caller may yield to the loop in between."""
         plain = dimensions is None and normalize
         for start in range(0, len(entries), ROWS_PER_CHUNK):
             chunk = entries[start : start + ROWS_PER_CHUNK]
             if not plain:
                 vectors = shape(matrix(chunk), dimensions=dimensions, normalize=normalize)
-                yield from encode_rows(vectors, encoding_format)
+                yield [encode_row(vector, encoding_format) for vector in vectors]
             elif encoding_format == "base64":
-                yield b",".join([b'"%b"' % b2a_base64(unit_vector(entry), newline=False) for entry in chunk])
+                yield [b'"%b"' % b2a_base64(unit_vector(entry), newline=False) for entry in chunk]
             else:
-                yield b",".join([entry.ready or self._render(entry) for entry in chunk])
+                yield [entry.ready or self._render(entry) for entry in chunk]
 
     def _render(self, entry: Entry) -> bytes:
         row = orjson.dumps(np.frombuffer(unit_vector(entry), "<f4"), option=orjson.OPT_SERIALIZE_NUMPY)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from dataclasses import dataclass, field
+import re
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,8 +65,8 @@ class Call:
         return list(self.body["texts"])
 
     def answer(self, card: ModelCard = CARD) -> None:
-        name = self.body["prompt_name"]
-        result = embedded(self.texts, card, card.prompt(name), self.body["truncation_direction"])
+        prompt = card.prompt(self.body.get("prompt_name"))
+        result = embedded(self.texts, card, prompt, self.body.get("truncation_direction", "right"))
         self.send(200, result.to_bytes())
 
     def answer_json(self, status: int, **body: object) -> None:
@@ -85,7 +86,11 @@ class FakeBalancer:
 
     def __init__(self) -> None:
         self.card: ModelCard | None = CARD
+        self.others: dict[str, ModelCard] = {}  # further models
+        self.loaded: set[str] = set()  # those of them that have been asked for
+        self.listed: bytes | None = None  # what `/models` says instead
         self.answers_at_once = False
+        self.fails_with: tuple[int, bytes] | None = None
         self.waiting: list[Call] = []
         self.sent: list[Call] = []
 
@@ -95,17 +100,48 @@ class FakeBalancer:
         if path == "/models":
             if self.card is None:
                 raise Unavailable("no replica")
-            listed = {"default": self.card.id, "models": [{"card": orjson.loads(self.card.to_json())}]}
-            return 200, {}, orjson.dumps(listed)
+            return 200, {}, self.listed or self._listed(self.card)
+        if path == "/tokenize":
+            return 200, {}, _tokenized(orjson.loads(body or b"{}"))
         call = Call(orjson.loads(body or b"{}"), headers)
         self.sent.append(call)
-        if self.answers_at_once:
-            call.answer(self.card or CARD)
+        if self.fails_with is not None:
+            call.send(*self.fails_with)
+        elif self.answers_at_once:
+            name = call.body["model_id"]
+            self.loaded.add(name)
+            call.answer(self.others.get(name, self.card or CARD))
         self.waiting.append(call)
         try:
             return await call.reply
         finally:
             self.waiting.remove(call)
+
+    def _listed(self, default: ModelCard) -> bytes:
+        ready = {default.id, *self.loaded}
+        models = [
+            {"id": card.id, "state": "ready", "card": asdict(card)} if card.id in ready
+            else {"id": card.id, "state": "unloaded", "card": None}
+            for card in (default, *self.others.values())
+        ]  # fmt: skip
+        return orjson.dumps({"default": default.id, "models": models})
+
+
+def _tokenized(body: Mapping[str, Any]) -> bytes:
+    """Words are tokens, and one special token stands before them if wanted."""
+    items = []
+    for text in body["texts"]:
+        words = [(match.group(), match.span()) for match in re.finditer(r"\S+", text)]
+        found = [("[CLS]", None)] * body["add_special_tokens"] + words
+        items.append(
+            {
+                "ids": list(range(len(found))),
+                "tokens": [token for token, _ in found],
+                "offsets": [span for _, span in found],
+                "special": [span is None for _, span in found],
+            }
+        )
+    return orjson.dumps({"model": body["model_id"], "texts": items})
 
 
 class FakeStore:
@@ -118,7 +154,7 @@ class FakeStore:
         self.on_epoch: Callable[[int], None] = lambda epoch: None
         self.epoch = 0
         self.kept: dict[tuple[int, bytes], bytes] = {}
-        self.card: ModelCard | None = None
+        self.cards: list[ModelCard] = []
         self.reads: list[asyncio.Future[bool]] = []
         self._clock = clock
 
@@ -147,11 +183,11 @@ class FakeStore:
         self.kept.clear()
         return count
 
-    async def remember(self, card: ModelCard) -> None:
-        self.card = card
+    async def remember(self, cards: Sequence[ModelCard]) -> None:
+        self.cards = list(cards)
 
-    async def recall(self) -> ModelCard | None:
-        return self.card
+    async def recall(self) -> list[ModelCard]:
+        return self.cards
 
 
 class Gateway:
@@ -182,7 +218,13 @@ class Gateway:
             metrics=self.metrics,
             retry_pause_s=0,
         )
-        self.catalog = Catalog(fetch=self.upstream.fetch_card, recall=self.store.recall, remember=self.store.remember)
+        self.catalog = Catalog(
+            fetch=self.upstream.fetch_models,
+            probe=self.upstream.probe,
+            recall=self.store.recall,
+            remember=self.store.remember,
+            aliases={"alias": "model", "text-embedding-3-small": "", "lost": "gone"},
+        )
         self.flights = Flights[Miss, Landed](
             on_settled=lambda flight: self.admission.release(flight.payload.lane, flight.payload.work_bytes)
         )

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from fastapi import APIRouter, Response
 
+from embedding_service.api import openai, tei
 from embedding_service.metrics import VERSION, Outcome
 
 if TYPE_CHECKING:
+    from embedding_service.catalog import Catalog
     from embedding_service.config import Settings
     from embedding_service.service import Service
 
@@ -18,39 +20,9 @@ if TYPE_CHECKING:
 def router(service: Service) -> APIRouter:
     """Routes over the parts of one gateway."""
     ops = APIRouter(tags=["operations"])
-
-    @ops.get("/livez", summary="The process runs; says nothing of Redis or replicas.")
-    def livez() -> Response:
-        return _json({"status": "alive"})
-
-    @ops.get("/readyz", summary="Ready to answer what is cached: not draining, and a model is known.")
-    def readyz() -> Response:
-        reasons = service.unready()
-        return _json({"status": "unready" if reasons else "ready", "reasons": reasons}, 503 if reasons else 200)
-
-    @ops.get("/health", summary="Healthy: ready, and replicas answer.")
-    def health() -> Response:
-        reasons = service.unhealthy()
-        body = {
-            "status": "unhealthy" if reasons else "healthy",
-            "model_loaded": service.catalog.current is not None,
-            "ml_base_connected": service.catalog.reachable,
-            "edition": service.settings.edition,
-            "uptime_seconds": round(service.metrics.uptime_s(), 3),
-            "total_requests": service.metrics.requests.total,
-        }
-        return _json(body | {"reasons": reasons} if reasons else body, 503 if reasons else 200)
-
-    @ops.get("/info", summary="Version, model, limits, and the effective configuration without secrets.")
-    def info() -> Response:
-        return _json(_info(service))
-
-    @ops.get("/models", summary="The models that answer here.")
-    def models() -> Response:
-        card = service.catalog.current
-        return _json(
-            {"default": card and card.id, "models": [{"card": asdict(card), "state": "ready"}] if card else []}
-        )
+    _add_probes(ops, service)
+    _add_information(ops, service)
+    _add_models(ops, service)
 
     @ops.get("/cache/stats", summary="Hits and misses per text and per tier.")
     def cache_stats() -> Response:
@@ -69,6 +41,70 @@ def router(service: Service) -> APIRouter:
         return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return ops
+
+
+def _add_probes(ops: APIRouter, service: Service) -> None:
+    @ops.get("/livez", summary="The process runs; says nothing of Redis or replicas.")
+    def livez() -> Response:
+        return _json({"status": "alive"})
+
+    @ops.get("/readyz", summary="Ready to answer what is cached: not draining, and a model is known.")
+    def readyz() -> Response:
+        reasons = service.unready()
+        return _json({"status": "unready" if reasons else "ready", "reasons": reasons}, 503 if reasons else 200)
+
+    @ops.get("/.well-known/live", summary="As /livez; Weaviate asks here.", status_code=204)
+    def well_known_live() -> Response:
+        return Response(status_code=204)
+
+    @ops.get("/.well-known/ready", summary="As /readyz; Weaviate asks here.", status_code=204)
+    def well_known_ready() -> Response:
+        return Response(status_code=503 if service.unready() else 204)
+
+    @ops.get("/", summary="As /health: what a client finds that was given the bare URL.")
+    @ops.get("/ping", summary="As /health; TEI has it.")
+    @ops.get("/healthz", summary="As /health.")
+    @ops.get("/health", summary="Healthy: ready, and replicas answer.")
+    def health() -> Response:
+        reasons = service.unhealthy()
+        body = {
+            "status": "unhealthy" if reasons else "healthy",
+            "model_loaded": service.catalog.current is not None,
+            "ml_base_connected": service.catalog.reachable,
+            "edition": service.settings.edition,
+            "uptime_seconds": round(service.metrics.uptime_s(), 3),
+            "total_requests": service.metrics.requests.total,
+        }
+        return _json(body | {"reasons": reasons} if reasons else body, 503 if reasons else 200)
+
+
+def _add_information(ops: APIRouter, service: Service) -> None:
+    @ops.get("/info", summary="Version, model, limits, effective configuration without secrets; TEI's fields too.")
+    def info() -> Response:
+        return _json(_info(service))
+
+    @ops.get("/meta", summary="As /info; Weaviate asks here.")
+    def meta() -> Response:
+        return _json(_info(service))
+
+
+def _add_models(ops: APIRouter, service: Service) -> None:
+    @ops.get("/models", summary="The models that answer here, the default first, as the replica asked last has them.")
+    def models() -> Response:
+        return _json(_models(service.catalog))
+
+    @ops.get("/v1/models", summary="The names that `model` may say, as OpenAI lists them.", tags=["OpenAI"])
+    def v1_models() -> openai.ModelsReply:
+        return openai.models(service.catalog)
+
+    @ops.get(
+        "/v1/models/{name:path}",
+        summary="One of them.",
+        tags=["OpenAI"],
+        responses={404: {"model": openai.ErrorReply}, 503: {"model": openai.ErrorReply}},
+    )
+    def v1_model(name: str) -> openai.Model:
+        return openai.model(service.catalog, name)
 
 
 def cache_figures(service: Service) -> dict[str, dict[str, Any]]:
@@ -110,10 +146,21 @@ def cache_figures(service: Service) -> dict[str, dict[str, Any]]:
     }
 
 
+def _models(catalog: Catalog) -> dict[str, Any]:
+    """With OpenAI's list beside ours, for its clients whose base URL lacks the /v1."""
+    cards = ((name, state, catalog.card(name)) for name, state in catalog.states.items())
+    listed = [{"id": name, "state": state, "card": card and asdict(card)} for name, state, card in cards]
+    ours = {"default": next(iter(catalog.states), None), "models": listed, "aliases": catalog.aliases}
+    return ours | openai.models(catalog).model_dump()
+
+
 def _info(service: Service) -> dict[str, Any]:
     settings: Settings = service.settings
     card = service.catalog.current
-    return {
+    calls = settings.interactive_calls + settings.bulk_calls
+    return tei.info(
+        service.catalog, max_texts=settings.max_texts, calls=calls, auto_truncate=settings.auto_truncate
+    ) | {
         "service": "embedding-service",
         "version": VERSION,
         "edition": settings.edition,
@@ -126,7 +173,7 @@ def _info(service: Service) -> dict[str, Any]:
             "max_body_bytes": settings.max_body_bytes,
             "max_tokens": card and card.max_tokens,
         },
-        "available_models": [card.id] if card else [],
+        "available_models": list(service.catalog.states),
         "configuration": settings.public(),
     }
 

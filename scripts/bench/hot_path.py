@@ -21,7 +21,7 @@ from statistics import median
 from subprocess import PIPE
 from typing import TYPE_CHECKING
 
-from hot_path_load import LOOPBACK, LUA_FROM_FILE, LUA_NEW_TEXTS, BenchError, bodies_file, body
+from hot_path_load import LOOPBACK, LUA_FROM_FILE, LUA_NEW_TEXTS, BenchError, bodies_file, body, first_line, path_of
 from hot_path_tools import Child, Gateway, Lab, Measured, surroundings, wrk_figures
 
 if TYPE_CHECKING:
@@ -109,23 +109,28 @@ def l1_hits(lab: Lab, stub: Child, report: Report) -> None:
     """Targets 1 and 5, on one gateway that holds every key."""
     with lab.gateway(stub) as gateway:
         gateway.fill(KEYS)
-        for name, keys, texts, encoding, bound in (
-            (ONE_L1_HIT, KEYS, 1, None, 0.40),
-            (f"L1 hit, 32 texts, JSON, {KEYS:,} keys", KEYS, 32, None, 0.30),
-            (f"L1 hit, 32 texts, JSON, {HOT_KEYS:,} hot keys", HOT_KEYS, 32, None, 0.40),
-            (f"L1 hit, 32 texts, base64, {KEYS:,} keys", KEYS, 32, "base64", 0.40),
+        for name, keys, texts, encoding, field, bound in (
+            (ONE_L1_HIT, KEYS, 1, None, "texts", 0.40),
+            (f"{ONE_L1_HIT}, TEI", KEYS, 1, None, "inputs", 0.40),
+            (f"{ONE_L1_HIT}, OpenAI", KEYS, 1, None, "input", 0.40),
+            (f"{ONE_L1_HIT}, OpenAI, base64", KEYS, 1, "base64", "input", 0.40),
+            (f"L1 hit, 32 texts, JSON, {KEYS:,} keys", KEYS, 32, None, "texts", 0.30),
+            (f"L1 hit, 32 texts, JSON, {HOT_KEYS:,} hot keys", HOT_KEYS, 32, None, "texts", 0.40),
+            (f"L1 hit, 32 texts, base64, {KEYS:,} keys", KEYS, 32, "base64", "texts", 0.40),
+            (f"L1 hit, 32 texts, OpenAI, base64, {KEYS:,} keys", KEYS, 32, "base64", "input", 0.40),
         ):
-            bodies = bodies_file(lab.folder, keys, texts, encoding)
+            bodies = bodies_file(lab.folder, keys, texts, encoding, field=field)
             report.at_least(f"{name}: of bare ASGI", against_bare(lab, gateway, name, bodies, report), bound)
         beside_large(lab, gateway, report)
 
 
 def against_bare(lab: Lab, gateway: Gateway, name: str, bodies: Path, report: Report) -> float:
     gateway.must_hold(bodies)
+    path = path_of(first_line(bodies))
     with lab.bare(gateway, bodies) as bare:
         pairs = lab.alternate(
-            lambda: gateway.answering("l1", lambda: lab.wrk(gateway, 16, bodies, 1, script=LUA_FROM_FILE)),
-            lambda: lab.wrk(bare, 16, bodies, 1, script=LUA_FROM_FILE),
+            lambda: gateway.answering("l1", lambda: lab.wrk(gateway, 16, bodies, 1, path, script=LUA_FROM_FILE)),
+            lambda: lab.wrk(bare, 16, bodies, 1, path, script=LUA_FROM_FILE),
         )
         report.rows.append(Row.of(name, "bare ASGI, same bytes", pairs))
     return report.rows[-1].judged()
@@ -141,7 +146,9 @@ def beside_large(lab: Lab, gateway: Gateway, report: Report) -> None:
         return lab.own_figures("probe", gateway.port, lab.seconds, single, core=lab.load_core)
 
     def crowded() -> Measured:
-        with lab.wrk_child(gateway, 1, lab.seconds + OUTLAST_S, large, 1, script=LUA_FROM_FILE).start(PIPE) as load:
+        with lab.wrk_child(
+            gateway, 1, lab.seconds + OUTLAST_S, large, 1, path_of(first_line(large)), script=LUA_FROM_FILE
+        ).start(PIPE) as load:
             measured = alone()
             printed, _ = load.communicate()
         large_rates.append(wrk_figures(printed, gateway).rate)
@@ -168,8 +175,9 @@ def l2_hits(lab: Lab, stub: Child, report: Report) -> None:
                 raise BenchError("the entries do not reach Redis")
         bodies = bodies_file(lab.folder, L2_KEYS, 1)
         gateway.must_hold(bodies)
+        path = path_of(first_line(bodies))
         pairs = lab.alternate(
-            lambda: gateway.answering("l2", lambda: lab.wrk(gateway, 64, bodies, 1, script=LUA_FROM_FILE)),
+            lambda: gateway.answering("l2", lambda: lab.wrk(gateway, 64, bodies, 1, path, script=LUA_FROM_FILE)),
             lambda: lab.own_figures("redis-get", redis.port, lab.seconds, core=lab.server_core),
         )
         row = Row.of("L2 hit, 1 text, 64 connections", "redis-py asyncio alone, same GETs", pairs)

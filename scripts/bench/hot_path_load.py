@@ -41,6 +41,7 @@ LOOPBACK = "127.0.0.1"
 DIMENSION = 384
 MAX_TEXTS_IN_CALL = 256  # as many as the gateway puts into one piece
 GETS_AT_ONCE = 64
+PATHS = {"texts": "/embed", "input": "/v1/embeddings", "inputs": "/"}  # by what a dialect calls its texts
 ENTRY_NAMES = b"embedding:v1:entry:*"
 LONGEST_PAUSE_S = 0.004
 """Between two probes, drawn at random: a prober that asks without pause asks least while the server is stuck."""
@@ -58,12 +59,12 @@ end
 
 LUA_FROM_FILE = (
     """
--- args: a file with one body a line, a seed
+-- args: a file with one body a line, a seed, a path
 local requests = {}
 function init(args)
   math.randomseed(tonumber(args[2]))
   wrk.headers["content-type"] = "application/json"
-  for line in io.lines(args[1]) do requests[#requests + 1] = wrk.format("POST", nil, nil, line) end
+  for line in io.lines(args[1]) do requests[#requests + 1] = wrk.format("POST", args[3], nil, line) end
 end
 function request() return requests[math.random(#requests)] end
 """
@@ -105,21 +106,29 @@ def redis_command() -> str:
     return found
 
 
-def body(numbers: Iterable[int], encoding: str | None = None) -> bytes:
-    """A request for the texts of these numbers."""
+def body(numbers: Iterable[int], encoding: str | None = None, field: str = "texts") -> bytes:
+    """A request for the texts of these numbers, in the dialect that calls them `field`."""
     texts = [f"text {number}: how long does it take to fetch a vector from a cache" for number in numbers]
-    return orjson.dumps({"texts": texts} | ({"encoding_format": encoding} if encoding else {}))
+    return orjson.dumps({field: texts} | ({"encoding_format": encoding} if encoding else {}))
 
 
-def bodies_file(folder: Path, keys: int, texts: int, encoding: str | None = None, *, at_least: int = 2000) -> Path:
+def path_of(body: bytes) -> str:
+    """Where a request of `body` goes."""
+    return PATHS[next(iter(orjson.loads(body)))]
+
+
+def bodies_file(
+    folder: Path, keys: int, texts: int, encoding: str | None = None, *, at_least: int = 2000, field: str = "texts"
+) -> Path:
     """Requests, one a line. All keys are drawn equally often: they are shuffled as a whole, then cut into requests."""
-    path = folder / f"bodies-{keys}-{texts}-{encoding}"
+    path = folder / f"bodies-{keys}-{texts}-{encoding}-{field}"
     draw = random.Random(1)  # noqa: S311 - the same requests in every run
     with path.open("wb") as lines:
         for _ in range(math.ceil(at_least * texts / keys)):
             order = draw.sample(range(keys), keys)
             lines.writelines(
-                body(order[start : start + texts], encoding) + b"\n" for start in range(0, keys - texts + 1, texts)
+                body(order[start : start + texts], encoding, field) + b"\n"
+                for start in range(0, keys - texts + 1, texts)
             )
     return path
 
@@ -174,7 +183,7 @@ def first_line(body_file: Path) -> bytes:
 
 def _reply_of(port: int, body: bytes) -> tuple[Headers, bytes]:
     connection = http.client.HTTPConnection(LOOPBACK, port)
-    connection.request("POST", "/embed", body, {"content-type": "application/json"})
+    connection.request("POST", path_of(body), body, {"content-type": "application/json"})
     answer = connection.getresponse()
     if answer.status != http.client.OK:
         sys.exit(f"the gateway answered {answer.status}")
@@ -189,7 +198,8 @@ def _reply_of(port: int, body: bytes) -> tuple[Headers, bytes]:
 def stub(port: int) -> None:
     """Speaks the replica's side of `ml_base.wire`: `GET /models`, and `POST /embed` with vectors made beforehand."""
     card = ModelCard(id="bench", fingerprint="bench", dimension=DIMENSION, max_tokens=256, backend="none")
-    listed = orjson.dumps({"default": card.id, "models": [{"card": orjson.loads(card.to_json()), "state": "ready"}]})
+    model = {"id": card.id, "state": "ready", "card": orjson.loads(card.to_json())}
+    listed = orjson.dumps({"default": card.id, "models": [model]})
     vectors = _unit_vectors(MAX_TEXTS_IN_CALL)
 
     @functools.cache

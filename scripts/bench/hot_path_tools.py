@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import orjson
-from hot_path_load import LOOPBACK, MAX_TEXTS_IN_CALL, BenchError, body, first_line, redis_command
+from hot_path_load import LOOPBACK, MAX_TEXTS_IN_CALL, BenchError, body, first_line, path_of, redis_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,11 +138,15 @@ class Gateway(Child):
         return False
 
     def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        answer, raw = self._exchange(method, path, body)
+        return answer.status, raw
+
+    def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[http.client.HTTPResponse, bytes]:
         connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=60)
         with contextlib.closing(connection):
             connection.request(method, path, body, {"content-type": "application/json"})
             answer = connection.getresponse()
-            return answer.status, answer.read()
+            return answer, answer.read()
 
     def embed(self, body: bytes) -> dict[str, Any]:
         """A reply with status 200 and as many embeddings as texts. Raises `BenchError` for any other."""
@@ -171,9 +175,10 @@ class Gateway(Child):
 
     def must_hold(self, bodies: Path) -> None:
         """The first request of a scenario is answered right, and without computing anything."""
-        reply = self.embed(first_line(bodies))
-        if reply["cached_count"] != reply["batch_size"]:
-            raise BenchError(f"only {reply['cached_count']} of {reply['batch_size']} texts were cached")
+        line = first_line(bodies)
+        answer, raw = self._exchange("POST", path_of(line), line)
+        if answer.status != http.client.OK or not (answer.getheader("x-cache") or "").endswith(";miss=0"):
+            raise BenchError(f"the gateway answered {answer.status}, {answer.getheader('x-cache')}: {raw[:200]!r}")
 
     def answering(self, tier: str, run: Callable[[], Measured]) -> Measured:
         """Runs, and holds the gateway's own count against what the scenario is about."""

