@@ -7,6 +7,7 @@ import contextlib
 import csv
 import os
 import socket
+import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class StubReplica:
 
     name: str
     port: int = 0
+    host: str = "127.0.0.1"
     health: tuple[int, bytes] = HEALTHY
     status: int = 200
     breaks_off: bool = False
@@ -61,7 +63,7 @@ class StubReplica:
 
     async def listen(self) -> None:
         """Listens again on the same port after `refuse` or `die`."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=1 << 17)
+        self._server = await asyncio.start_server(self._serve, self.host, self.port, limit=1 << 17)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def refuse(self) -> None:
@@ -146,15 +148,52 @@ async def stub_replicas(count: int) -> AsyncIterator[list[StubReplica]]:
             stub.die()
 
 
+class Names(asyncio.DatagramProtocol):
+    """A name server that has one answer to every question for IPv4 addresses: `addresses`."""
+
+    transport: asyncio.DatagramTransport
+    addresses: Sequence[str] = ()
+
+    @property
+    def port(self) -> int:
+        return int(self.transport.get_extra_info("sockname")[1])
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        question = data[12 : data.index(0, 12) + 5]
+        is_ipv4 = question[-4:-2] == b"\0\1"
+        found = [socket.inet_aton(address) for address in self.addresses] if is_ipv4 else []
+        counts = struct.pack(">5H", 0x8180, 1, len(found), 0, 0)
+        records = b"".join(struct.pack(">3HIH", 0xC00C, 1, 1, 600, 4) + address for address in found)
+        self.transport.sendto(data[:2] + counts + question + records, addr)
+
+
+@contextlib.asynccontextmanager
+async def name_server(*addresses: str) -> AsyncIterator[Names]:
+    transport, names = await asyncio.get_running_loop().create_datagram_endpoint(Names, ("127.0.0.1", 0))
+    names.transport, names.addresses = transport, addresses
+    try:
+        yield names
+    finally:
+        transport.close()
+
+
 class Balancer:
     """HAProxy with the policy file and a generated list of servers, on free ports; ended by its process id.
 
     `server` is appended to each server's line and `backend` to the section: what a test makes faster or tighter.
+    With `names`, the list is that of containers instead, with the stubs' port and this name server for Docker's.
     """
 
-    def __init__(self, stubs: Sequence[StubReplica], *, server: str = "", backend: str = "") -> None:
-        lines = [f"    server {stub.name} 127.0.0.1:{stub.port} {server}" for stub in stubs]
+    def __init__(
+        self, stubs: Sequence[StubReplica], *, server: str = "", backend: str = "", names: Names | None = None
+    ) -> None:
+        lines = [f"    server {stub.name} {stub.host}:{stub.port} {server}" for stub in stubs]
         self._servers = "\n".join(["backend ml-base from ml_base", *backend.splitlines(), *lines, ""])
+        if names is not None:
+            self._servers = POLICY.with_name("servers-docker.cfg").read_text()
+            for theirs, ours in (("127.0.0.11:53", f"127.0.0.1:{names.port}"), ("ml-base:8887", f"x:{stubs[0].port}")):
+                assert theirs in self._servers
+                self._servers = self._servers.replace(theirs, ours)
         self._names = [stub.name for stub in stubs]
 
     async def __aenter__(self) -> Self:
@@ -230,6 +269,14 @@ class Balancer:
             return all(rows[name]["check_status"] == "L7OK" for name in self._names)
 
         await eventually(passed)
+
+    async def up(self, count: int) -> None:
+        """Returns when so many replicas are up."""
+
+        async def reached() -> bool:
+            return int((await self.servers())["BACKEND"]["act"]) == count
+
+        await eventually(reached)
 
     async def queued(self, count: int) -> None:
         """Returns when so many requests wait for a slot."""

