@@ -1,7 +1,7 @@
 """L2: entries shared by all gateways through Redis. It fails soft: whatever goes wrong here is a miss, and a metric.
 
 Keys: `embedding:v1:entry:<epoch>:<digest>` for entries, `embedding:v1:epoch` for the clear counter,
-`embedding:v1:card:<model>` for the last model card. The epoch is part of an entry's name, so a write that was under
+`embedding:v1:cards` for the last model cards, by id. The epoch is part of an entry's name, so a write that was under
 way when somebody cleared lands where nobody looks. It is a time in ns that only grows; every look-up reads it along,
 so that a clear by another gateway is seen there and then, and the heartbeat sees it within a second when idle.
 
@@ -15,7 +15,7 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -38,7 +38,11 @@ log = logging.getLogger(__name__)
 
 PREFIX = b"embedding:v1:"
 EPOCH_KEY = PREFIX + b"epoch"
+CARDS_KEY = PREFIX + b"cards"
+DEFAULT_FIELD = b""  # of the cards: the default model's id, which no model has for a name
 
+MAX_EPOCH = 1 << 62  # of a clock of nanoseconds: in the year 2116; one more must still fit the board's 64 bits
+FOREIGN_EPOCH = -1  # bytes that nobody of ours wrote: below every epoch, so that the heartbeat writes ours over them
 MAX_CONNECTIONS = 8  # two look-ups, the writer, the heartbeat, and whoever clears
 MAX_QUEUED_WRITES = 8192  # entries; 13 MB at 384 dimensions, a minute of what three replicas compute
 WRITES_PER_PIPELINE = 128
@@ -212,20 +216,32 @@ class RedisCache:
             self._failed("set", failure)
             return None
 
-    async def remember(self, card: ModelCard) -> None:
-        """Keeps the card, so that a gateway started while no replica is up can serve what is cached."""
-        await self._guard("set", lambda: self._redis.set(PREFIX + b"card:default", card.to_json()), self._timeout_s)
+    async def remember(self, cards: Sequence[ModelCard]) -> None:
+        """Keeps the cards, so that a gateway started while no replica is up can serve what is cached.
 
-    async def recall(self) -> ModelCard | None:
-        """The card kept last, if Redis is there and has one."""
-        raw = await self._guard("get", lambda: self._redis.get(PREFIX + b"card:default"), self._timeout_s)
-        if raw is None:
-            return None
+        The first is the default model's. Those of other models that another gateway has kept stay.
+        """
+        by_id: dict[Any, bytes] = {card.id.encode(): card.to_json().encode() for card in cards}
+        by_id[DEFAULT_FIELD] = cards[0].id.encode()
+        await self._guard("set", lambda: self._redis.hset(CARDS_KEY, mapping=by_id), self._timeout_s)
+
+    async def recall(self) -> list[ModelCard]:
+        """The cards kept last, the default model's first; none if Redis is away or has no default."""
+        kept = await self._guard("get", self._hgetall, self._timeout_s)
+        if not kept:
+            return []
+        default = kept.pop(DEFAULT_FIELD, b"")
         try:
-            return ModelCard.from_json(raw)
+            cards = {model_id: ModelCard.from_json(raw) for model_id, raw in kept.items()}
         except WireError as broken:
-            log.warning("the model card in Redis is unusable: %s", broken)
-            return None
+            log.warning("the model cards in Redis are unusable: %s", broken)
+            return []
+        return [cards.pop(default), *cards.values()] if default in cards else []
+
+    # the library types one signature for its blocking and its asynchronous client
+
+    async def _hgetall(self) -> dict[bytes, bytes]:
+        return await cast("Awaitable[dict[bytes, bytes]]", self._redis.hgetall(CARDS_KEY.decode()))
 
     async def _mget(self, names: list[bytes], operation: str, limit_s: float) -> list[bytes | None] | None:
         # the library types replies as text or bytes; they are bytes unless decoding is asked for
@@ -278,7 +294,9 @@ class RedisCache:
         try:
             seen = int(raw or 0)
         except ValueError:
-            seen = 0  # foreign bytes: ours is written over them by the heartbeat
+            seen = FOREIGN_EPOCH
+        if seen > MAX_EPOCH:
+            seen = FOREIGN_EPOCH
         if seen > self._epoch:
             self._epoch = seen
             self.on_epoch(seen)

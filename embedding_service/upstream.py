@@ -16,7 +16,8 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import aiohttp
 import orjson
@@ -29,6 +30,7 @@ from embedding_service.errors import (
     Problem,
     StartOver,
     Unavailable,
+    UnknownModel,
 )
 from embedding_service.singleflight import NEVER, Flight, State
 from ml_base.wire import (
@@ -38,7 +40,8 @@ from ml_base.wire import (
     TIMEOUT_HEADER,
     Embedded,
     Lane,
-    ModelCard,
+    ModelList,
+    Tokenized,
     WireError,
 )
 
@@ -49,20 +52,29 @@ if TYPE_CHECKING:
     from embedding_service.admission import Admission
     from embedding_service.entry import KeySpace
     from embedding_service.metrics import Metrics
+    from ml_base.wire import ModelCard
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 CONNECT_S = 1.0  # HAProxy is a host away at most
 CONNECT_TRIES_S = 0.8  # a reload of HAProxy refuses connections for a moment; nothing has been sent, so repeat freely
 CONNECT_PAUSE_S = 0.1
+UNSENT_HEADER = "x-connection-retries"
+"""On a 503 of HAProxy's own: other than 0, if the replicas it tried refused the connection. Those that have just died,
+or are just starting, count as up until the next checks, and several at once can take all of its tries."""
 KEEP_ALIVE_S = 15.0  # shorter than HAProxy's client keep-alive, so that we are the one to close
-CARD_TIMEOUT_S = 2.0
+MODELS_TIMEOUT_S = 2.0
+ASIDE_ID = "gateway-check"  # what a replica's log calls a text that no client asked for
+PROBE_TEXT = "probe"  # computed to learn a model's card, and thrown away
 MAX_TEXTS_IN_PIECE = 256  # many tiny texts: bounded by count, since each also costs the replica a row
 RETRY_BUDGET = 10.0  # repetitions that may be saved up
 RETRY_PAUSE_S = 0.1
 """A killed process may close its connections some milliseconds before its listening socket (measured: up to 3 ms). A
 repetition within them is accepted and lost too, since leastconn prefers a replica that has nothing in hand."""
 RETRY_EARNED = 0.1  # saved up per call: in the long run at most one call in ten is a repetition
+USUAL_SHARE = 0.2  # of the newest call in what a call usually takes: follows a change within some five calls
 MAX_IDS_SENT = 4  # request ids on a piece that several requests share; the replica's log is their reader
 
 
@@ -112,7 +124,7 @@ class Balancer:
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Status, headers and body of one exchange. Raises `Unavailable`, or `Broken` if the request had been sent.
 
-        Connections that fail are tried again for a moment: nothing has been sent on them.
+        Connections that fail, here or behind HAProxy, are tried again for a moment: nothing has been sent on them.
         """
         assert self._session is not None, "used outside its context"  # noqa: S101 - for the type checker and misuse
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)  # the caller bounds the whole
@@ -122,7 +134,9 @@ class Balancer:
                 async with self._session.request(
                     method, self._url + path, data=body, headers=headers, timeout=timeout, allow_redirects=False
                 ) as reply:
-                    return reply.status, reply.headers, await reply.read()
+                    content = await reply.read()
+                    if not _unsent(reply.status, reply.headers) or time.monotonic() > give_up_at:
+                        return reply.status, reply.headers, content
             except aiohttp.ClientConnectorError as refused:
                 if time.monotonic() > give_up_at:
                     raise Unavailable(
@@ -135,12 +149,29 @@ class Balancer:
             await asyncio.sleep(CONNECT_PAUSE_S)
 
 
+def _unsent(status: int, headers: Mapping[str, str]) -> bool:
+    """HAProxy found nobody to send the request to, though it takes some replicas to be up."""
+    return status == 503 and headers.get(UNSENT_HEADER, "0") != "0"  # noqa: PLR2004 - the status is the word for it
+
+
 @dataclass(slots=True)
 class _LaneState:
     lane: Lane
     max_calls: int
     queue: deque[MissFlight] = field(default_factory=deque)
     calls: int = 0
+    usual_s: float = 0.0  # what a call has taken lately
+
+    def took(self, duration_s: float) -> None:
+        self.usual_s += USUAL_SHARE * (duration_s - self.usual_s)
+
+    def too_late(self, flight: MissFlight, now: float) -> bool:
+        """Whether it would be computed for nobody, in the place of others who have the time.
+
+        Only while no more than one call is free: an idle lane tries, since what it knows of calls may be old.
+        """
+        full = 0 < self.calls >= self.max_calls - 1
+        return full and flight.deadline - now < self.usual_s
 
 
 class Upstream:
@@ -219,19 +250,29 @@ class Upstream:
             task.add_done_callback(self._tasks.pop)
 
     def _cut(self, state: _LaneState) -> list[MissFlight]:
-        """The next piece of a lane: flights in order, of one key space, up to the work of a piece, at least one."""
+        """The next piece of a lane: flights in order, of one key space, up to the work of a piece, at least one.
+
+        Flights whose time is over before they could be back fail instead.
+        """
         piece: list[MissFlight] = []
+        late: list[MissFlight] = []
         work = 0
+        now = time.monotonic()
         while state.queue and len(piece) < MAX_TEXTS_IN_PIECE:
             flight = state.queue[0]
-            if flight.state is State.QUEUED:
+            if flight.state is State.QUEUED and state.too_late(flight, now):
+                late.append(flight)
+            elif flight.state is State.QUEUED:
                 miss = flight.payload
                 if piece and (miss.space is not piece[0].payload.space or work + miss.work_bytes > self._piece_bytes):
                     break
                 flight.state = State.DISPATCHED
                 piece.append(flight)
                 work += miss.work_bytes
-            state.queue.popleft()  # taken, abandoned, or promoted and gone
+            state.queue.popleft()  # taken, abandoned, too late, or promoted and gone
+        if late:
+            problem = f"{TIMEOUT_HEADER}: less time is left than the {state.usual_s:.3f} s that a call takes now"
+            self.on_reply(late, DeadlineExceeded(problem, field=TIMEOUT_HEADER))
         return piece
 
     # --- calling ---
@@ -251,7 +292,9 @@ class Upstream:
             result = InferenceFailed("internal error; the log has the detail")
         finally:
             state.calls -= 1
-            self._metrics.upstream_duration.observe(time.monotonic() - started)
+            took_s = time.monotonic() - started
+            state.took(took_s)
+            self._metrics.upstream_duration.observe(took_s)
             self.on_reply(piece, result)
             self._start_calls(state)
 
@@ -301,12 +344,7 @@ class Upstream:
 
     async def _post(self, lane: Lane, piece: list[MissFlight], give_up_at: float) -> Embedded:
         space = piece[0].payload.space
-        body: dict[str, object] = {
-            "texts": [flight.payload.text for flight in piece],
-            "model_id": space.model_id,
-            "prompt_name": space.prompt_name,
-            "truncation_direction": space.direction,
-        }
+        body = _body(space, [flight.payload.text for flight in piece])
         headers = {
             "accept": BINARY_TYPE,
             "content-type": "application/json",
@@ -323,22 +361,63 @@ class Upstream:
             log.error("a replica broke the contract: %s", broken)  # noqa: TRY400 - the trace says nothing more
             raise Broken(InferenceFailed("a replica sent an unusable reply")) from None
 
-    async def fetch_card(self) -> ModelCard:
-        """The card of the replicas' default model. Raises `Problem`."""
+    async def fetch_models(self) -> ModelList:
+        """Which models there are, by the replica that happens to be asked. Raises `Problem`."""
+        return await self._exchange("GET", "/models", None, {}, MODELS_TIMEOUT_S, ModelList.from_json)
+
+    async def probe(self, model_id: str) -> ModelCard:
+        """The card of a model, which its replica loads for it if need be. Raises `Problem`."""
+        headers = {"accept": BINARY_TYPE, PRIORITY_HEADER: Lane.INTERACTIVE.value}
+        body = {"texts": [PROBE_TEXT], "model_id": model_id}
+        read = partial(Embedded.from_bytes, texts=1)
+        return (await self._exchange("POST", "/embed", body, headers, self._timeout_s, read)).card
+
+    async def compute_aside(self, space: KeySpace, text: str) -> Embedded:
+        """One text that nobody waits for: a job, which goes to no replica while other jobs wait. Raises `Problem`."""
+        if self._lanes[Lane.BULK].queue:
+            raise Overloaded("the bulk lane has work waiting")
+        headers = {"accept": BINARY_TYPE, PRIORITY_HEADER: Lane.BULK.value, REQUEST_ID_HEADER: ASIDE_ID}
+        read = partial(Embedded.from_bytes, texts=1)
+        return await self._exchange("POST", "/embed", _body(space, [text]), headers, self._timeout_s, read)
+
+    async def tokenize(self, body: Mapping[str, object], request_id: str) -> Tokenized:
+        """The replicas' `POST /tokenize`. Raises `Problem`."""
+        headers = {REQUEST_ID_HEADER: request_id}
+        return await self._exchange("POST", "/tokenize", body, headers, self._timeout_s, Tokenized.from_json)
+
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, object] | None,
+        headers: Mapping[str, str],
+        timeout_s: float,
+        read: Callable[[bytes], T],
+    ) -> T:
+        """One request beside the lanes, never repeated. Raises `Problem`."""
+        raw = None if body is None else orjson.dumps(body)
         try:
-            async with asyncio.timeout(CARD_TIMEOUT_S):
-                status, headers, reply = await self._balancer.request("GET", "/models", None, {})
+            async with asyncio.timeout(timeout_s):
+                status, reply_headers, reply = await self._balancer.request(method, path, raw, headers)
             if status != 200:  # noqa: PLR2004
-                raise _problem_of(status, headers, reply)
-            listed = orjson.loads(reply)
-            cards = (model["card"] for model in listed["models"])
-            return ModelCard.from_json(orjson.dumps(next(card for card in cards if card["id"] == listed["default"])))
+                raise _problem_of(status, reply_headers, reply)
+            return read(reply)
         except Broken as failed:
             raise failed.problem from None
         except TimeoutError:
-            raise Unavailable("no replica answered /models in time") from None
-        except (KeyError, TypeError, ValueError, StopIteration) as broken:
-            raise Unavailable(f"a replica's /models is unusable: {broken!r}") from None
+            raise Unavailable(f"no replica answered {path} within {timeout_s:g} s", retry_after_s=1) from None
+        except WireError as broken:
+            log.error("a replica broke the contract of %s: %s", path, broken)  # noqa: TRY400 - the trace says no more
+            raise InferenceFailed("a replica sent an unusable reply") from None
+
+
+def _body(space: KeySpace, texts: list[str]) -> dict[str, object]:
+    return {
+        "texts": texts,
+        "model_id": space.model_id,
+        "prompt_name": space.prompt_name,
+        "truncation_direction": space.direction,
+    }
 
 
 def _shutting_down() -> Unavailable:
@@ -366,6 +445,8 @@ def _problem_of(status: int, headers: Mapping[str, str], reply: bytes) -> Except
             return Broken(Unavailable(f"no replica could answer: {message}", retry_after_s=retry_after_s))
         case 504:
             return DeadlineExceeded(f"a replica ran out of time: {message}")
+        case 404 if detail.get("field") == "model_id":
+            return UnknownModel(message, field="model_id", limit=detail.get("limit"), value=detail.get("value"))
         case 400 | 404 | 413 | 422:
             return InvalidRequest(
                 message, field=detail.get("field"), limit=detail.get("limit"), value=detail.get("value")

@@ -76,12 +76,14 @@ class LocalStack:
         ports: Ports | None = None,
         replicas: int = 3,
         env: Mapping[str, str] | None = None,
+        replica_command: Sequence[str] = (sys.executable, "-m", "ml_base"),
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.state_dir = state_dir.resolve()
         self.ports = ports or Ports.free(replicas=replicas)
         self._env = {**os.environ, **_python_env(), **(env or {})}
         self._env.pop("REDIS_PASSWORD", None)  # the Redis started here is on loopback and has none
+        self._replica_command = replica_command
         self._report = report
         self._exit = contextlib.ExitStack()
         self.redis = self._redis()
@@ -135,11 +137,21 @@ class LocalStack:
 
     def servers(self) -> dict[str, str]:
         """What HAProxy thinks of each replica: "UP", "DOWN", "UP 1/3" while its checks change their mind."""
+        rows = self._statistics()
+        return {part.name: rows[part.name]["status"] if rows else "unknown" for part in self.replicas}
+
+    def given(self) -> dict[str, int]:
+        """How many requests HAProxy has given to each replica."""
+        return {name: int(row["stot"]) for name, row in self._statistics().items()}
+
+    def _statistics(self) -> dict[str, dict[str, str]]:
+        """HAProxy's row of each replica; none where it does not answer."""
         status, body = http_get(self.ports.stats, "/stats;csv")
         if status != http.HTTPStatus.OK:
-            return {part.name: "unknown" for part in self.replicas}
+            return {}
+        names = {part.name for part in self.replicas}
         rows = csv.DictReader(body.decode().removeprefix("# ").splitlines())
-        return {row["svname"]: row["status"] for row in rows if row["svname"] in {part.name for part in self.replicas}}
+        return {row["svname"]: row for row in rows if row["svname"] in names}
 
     def stop(self) -> None:
         """First those who ask, then those who answer, so that nobody is cut off; the replicas drain together."""
@@ -205,7 +217,8 @@ class LocalStack:
 
     def _haproxy(self) -> Part:
         binary, env = haproxy_command()
-        command = [binary, "-db", "-f", str(ROOT / "haproxy" / "haproxy.cfg"), "-f", str(self._servers_cfg)]
+        # a master that reloads its worker at SIGUSR2 and hands it the listening sockets
+        command = [binary, "-W", "-db", "-f", str(ROOT / "haproxy" / "haproxy.cfg"), "-f", str(self._servers_cfg)]
         return self._part(
             "haproxy",
             command,
@@ -223,7 +236,7 @@ class LocalStack:
         port = self.ports.first_replica + number - 1
         return self._part(
             f"ml-base-{number}",
-            [sys.executable, "-m", "ml_base"],
+            self._replica_command,
             lambda: http_get(port, "/health")[0] == http.HTTPStatus.OK,
             drain_s=REPLICA_DRAIN_S,
             env={
@@ -247,7 +260,8 @@ class LocalStack:
                 "ML_BASE_URL": self.ml_url,
                 "REDIS_HOST": LOOPBACK,
                 "REDIS_PORT": str(self.ports.redis),
-                "DRAIN_S": "0",  # no balancer stands in front of it here that would have to notice first
+                # no balancer stands in front of it here that would have to notice first
+                "DRAIN_S": self._env.get("DRAIN_S", "0"),
             },
         )
 

@@ -28,6 +28,7 @@ from local_stack import LocalStack  # noqa: E402 - beside this folder, not in it
 from model_server_load import CORPUS, MODEL, TEXTS  # noqa: E402
 
 LOAD = Path(__file__).with_name("model_server_load.py")
+QUIET_QUERY_MS = 100  # 14 to 24 ms on an idle machine; beside anything else its threads wait for each other
 LIBRARIES = ("torch", "sentence-transformers", "openvino")
 
 
@@ -76,6 +77,7 @@ class Bench:
         """All kinds of load on one stack; `gateway`: through it, else through HAProxy."""
         state = self._folder / f"{dtype}-{replicas}"
         env = {"ML_BASE_DTYPE": dtype, "ML_BASE_CACHE_DIR": self._env["ML_BASE_CACHE_DIR"]}
+        env["ML_BASE_THREADS"] = "1"  # a single replica would take all cores: then a second could only take them away
         state.mkdir(exist_ok=True)
         with LocalStack(state_dir=state, replicas=replicas, env=env) as stack:
             stack.start()
@@ -88,6 +90,8 @@ class Bench:
 def measure(bench: Bench, options: argparse.Namespace) -> Report:
     report = Report(surroundings(options))
     report.encode = bench.load("encode")
+    if report.encode["query_p50_ms"] > QUIET_QUERY_MS:
+        sys.stderr.write("encode is very slow with one query: is something else running on these cores?\n")
     for dtype in options.dtypes:
         report.backends.append(bench.load("backend", dtype))
     for dtype in options.dtypes:
@@ -111,6 +115,8 @@ def judge(report: Report) -> None:
         way = "gateway" if one["gateway"] else "HAProxy"
         name = f"{one['dtype']}, {one['replicas']} replicas, {way}"
         bulk = one["bulk"]["bulk_texts_per_s"]
+        if one["replicas"] == 1:
+            continue  # measured for what a second one adds
         report.want(f"bulk, {name}: x encode", bulk * tokens / encode["tokens_per_s"]["paragraphs"], least=4.0)
         report.want(f"idle query, {name}: p50 ms", one["query"]["p50_ms"], most=12)
         at_once = one["burst"]["queries_per_s"] / encode["one_at_a_time_per_s"]

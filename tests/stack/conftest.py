@@ -5,26 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from local_part import StackError
 from local_stack import LocalStack
 
 from tests.stack.client import Client
+from tests.stack.running import pytest_runtest_makereport, running
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Iterator
 
-LAST_LINES = 15
+__all__ = ["pytest_runtest_makereport"]
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     """One for all tests of a file: whoever breaks a part mends it before it ends."""
-    with LocalStack(state_dir=tmp_path_factory.mktemp("stack")) as stack:
-        stack.start()
-        try:
-            stack.wait_ready()
-        except StackError as problem:
-            raise StackError("\n".join([str(problem), *map("\n".join, last_words(stack))])) from None
+    with running(LocalStack(state_dir=tmp_path_factory.mktemp("stack"))) as stack:
         yield stack
 
 
@@ -33,19 +28,3 @@ def client(stack: LocalStack) -> Iterator[Client]:
     client = Client(stack)
     yield client
     client.close()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Function,
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    stack = item.funcargs.get("stack")
-    if report.failed and isinstance(stack, LocalStack):
-        report.sections += last_words(stack)
-    return report
-
-
-def last_words(stack: LocalStack) -> list[tuple[str, str]]:
-    tails = (part.log_text().splitlines()[-LAST_LINES:] for part in stack.parts)
-    return [(f"end of {part.name}'s log", "\n".join(tail)) for part, tail in zip(stack.parts, tails, strict=True)]
