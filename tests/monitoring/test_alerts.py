@@ -1,0 +1,53 @@
+"""The alert rules speak of metrics that exist: a renamed one would silence its alert for ever."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from embedding_service.app import build_service
+from embedding_service.config import Settings
+from embedding_service.metrics import Metrics
+from ml_base.metrics import Metrics as ReplicaMetrics
+from ml_base.wire import Lane
+
+ROOT = Path(__file__).resolve().parents[2]
+RULES: list[dict[str, Any]] = [
+    rule
+    for group in yaml.safe_load((ROOT / "compose" / "monitoring" / "alerts.yml").read_text())["groups"]
+    for rule in group["rules"]
+]
+METRIC = re.compile(r"\b(?:embedding|ml_base)_\w+")
+LABEL = re.compile(r'(\w+)="(\w+)"')
+
+
+def exported() -> str:
+    gateway = Metrics()
+    build_service(Settings(), gateway)
+    replica = ReplicaMetrics()
+    replica.watch(waiting=lambda lane: len(Lane(lane)), draining=lambda: False, running_for_s=lambda: 0.0)
+    return gateway.exposition().decode() + replica.exposition().decode()
+
+
+EXPORTED = exported()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_a_rule_names_metrics_and_labels_that_are_exported(rule: dict[str, Any]) -> None:
+    names = METRIC.findall(rule["expr"])
+    assert names
+    for name in names:
+        assert re.search(rf"^{name}[ {{]", EXPORTED, re.MULTILINE), name
+    for label, value in LABEL.findall(rule["expr"]):
+        assert f'{label}="{value}"' in EXPORTED
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_a_rule_says_what_happened_and_what_to_do(rule: dict[str, Any]) -> None:
+    assert rule["annotations"]["summary"].endswith(".")
+    assert rule["annotations"]["action"].endswith((".", "?"))
+    assert rule["labels"]["severity"] in {"page", "ticket"}
