@@ -37,6 +37,11 @@ def test_padding_is_at_most_a_quarter_of_a_text_that_is_not_short(tokens: int) -
     assert Grid.up_to(9000).length(tokens) - tokens <= max(7, tokens / 4)
 
 
+@given(st.integers(8, 24))
+def test_a_question_is_padded_by_three_tokens_at_most(tokens: int) -> None:
+    assert Grid.up_to(512).length(tokens) - tokens <= 3
+
+
 @given(st.integers(1, 5000))
 def test_rows_are_padded_by_at_most_a_quarter_and_a_few_not_at_all(rows: int) -> None:
     padded = Grid.up_to(512).rows(rows)

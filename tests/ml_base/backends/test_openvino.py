@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import openvino
 import pytest
 from sentence_transformers import SentenceTransformer
 
@@ -100,6 +101,11 @@ def test_a_model_is_converted_once_however_many_replicas_start(
         folders = list(replicas.map(lambda _: convert(source, tmp_path / "digest"), range(3)))
     assert len(set(folders)) == 1
     assert sum("converted" in record.message for record in caplog.records) == 1
+
+
+def test_what_nobody_reads_is_not_converted(tiny_converted: Path) -> None:
+    [output] = openvino.Core().read_model(tiny_converted / "model.xml").outputs
+    assert "last_hidden_state" in output.get_names()
 
 
 @pytest.mark.parametrize("name", ["model.bin", "model.xml", "reference.npy", "sha256.json"])
