@@ -17,6 +17,7 @@ from embedding_service.api.serving import Serving
 from embedding_service.api.tei import TeiDialect
 from embedding_service.api.weaviate import WeaviateDialect
 from embedding_service.auth import Gate
+from embedding_service.balancer import Balancer
 from embedding_service.catalog import Catalog
 from embedding_service.drift import Drift
 from embedding_service.embedder import Embedder
@@ -27,7 +28,7 @@ from embedding_service.metrics import VERSION
 from embedding_service.redis_cache import NoCache, RedisCache
 from embedding_service.service import Service
 from embedding_service.singleflight import Flights
-from embedding_service.upstream import Balancer, Miss, Upstream
+from embedding_service.upstream import Miss, Upstream
 from embedding_service.vectors import Renderer
 from ml_base import asgi
 from ml_base.keys import Keys, parse_keys
@@ -68,7 +69,7 @@ def build_service(settings: Settings, metrics: Metrics) -> Service:
         aliases=settings.aliases(),
         unknown=settings.unknown_model,
     )
-    l1 = LRU[Entry](max_entries=settings.cache_size, size_of=Entry.size_bytes)
+    l1 = LRU[Entry](max_entries=settings.cache_size)
     flights = Flights[Miss, Landed](
         on_settled=lambda flight: admission.release(flight.payload.lane, flight.payload.work_bytes)
     )
@@ -156,6 +157,7 @@ def _gate(settings: Settings) -> Gate:
 
 def _dialects(service: Service) -> Dialects:
     settings = service.settings
+    accept_empty = settings.empty_texts == "accept"
     serving = Serving(
         embedder=service.embedder,
         catalog=service.catalog,
@@ -168,8 +170,8 @@ def _dialects(service: Service) -> Dialects:
     return Dialects(
         serving,
         native=NativeDialect(serving, edition=settings.edition),
-        openai=OpenAIDialect(serving, max_inputs=settings.openai_max_inputs),
-        tei=TeiDialect(serving, catalog=service.catalog, upstream=service.upstream),
+        openai=OpenAIDialect(serving, max_inputs=settings.openai_max_inputs, accept_empty=accept_empty),
+        tei=TeiDialect(serving, catalog=service.catalog, upstream=service.upstream, accept_empty=accept_empty),
         weaviate=WeaviateDialect(serving),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from embedding_service.metrics import CACHED, Outcome
+from embedding_service.metrics import Outcome
 from embedding_service.singleflight import NEVER
 
 if TYPE_CHECKING:
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from ml_base.wire import Lane, ModelCard
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Ask:
-    """What one request wants. `deadline` is on the monotonic clock; `bypass` neither reads nor joins, but stores."""
+    """What one request wants. `deadline` is on the monotonic clock; `bypass` neither reads nor joins, but stores.
+
+    Not to be changed. (Not frozen, since that trebles what making one costs.)
+    """
 
     texts: Sequence[str]
     lane: Lane
@@ -47,6 +50,7 @@ class Answer:
 
     def __post_init__(self) -> None:
         limit = self.card.max_tokens
-        self.tokens = sum([min(entry.tokens, limit) for entry in self.entries])
+        tokens = [entry.tokens for entry in self.entries]
+        self.tokens = sum(tokens) if max(tokens) <= limit else sum([min(read, limit) for read in tokens])
         self.truncated = sum([entry.truncated for entry in self.entries])
-        self.cached = sum([outcome in CACHED for outcome in self.outcomes])
+        self.cached = len(self.outcomes) - self.outcomes.count(Outcome.UPSTREAM)

@@ -19,6 +19,8 @@ from embedding_service.upstream import Miss
 from ml_base.wire import TIMEOUT_HEADER, Lane
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
     from embedding_service.admission import Admission
     from embedding_service.catalog import Catalog
     from embedding_service.drift import Drift
@@ -91,10 +93,11 @@ class Embedder:
         self._fill.catch_up()
         card = self._catalog.card(ask.model_id) or await self._catalog.learn(ask.model_id, deadline=ask.deadline)
         space = self._catalog.space(card, ask.prompt_name, ask.direction)
-        keys = space.keys(ask.texts)
-        if not (ask.bypass or in_hand) and (entries := self._l1.get_all(keys)) is not None:
+        names = space.names(ask.texts)
+        if not (ask.bypass or in_hand) and (entries := self._l1.get_all(names)) is not None:
             return self._answer(ask, card, space, entries, [Outcome.L1] * len(entries))
-        joined, missing = self._look_up(ask, card, space, keys, in_hand)
+        keys = space.keys(ask.texts)
+        joined, missing = self._look_up(ask, card, space, names, keys, in_hand)
         if joined or missing:
             await self._wait(ask, *self._take_off(ask, joined, missing), in_hand)
         return self._put_together(ask, card, space, keys, in_hand)
@@ -102,16 +105,22 @@ class Embedder:
     # --- synchronous from here to the claim: nothing can come between looking and claiming ---
 
     def _look_up(
-        self, ask: Ask, card: ModelCard, space: KeySpace, keys: list[bytes], in_hand: dict[bytes, Landed]
+        self,
+        ask: Ask,
+        card: ModelCard,
+        space: KeySpace,
+        names: Sequence[Hashable],
+        keys: list[bytes],
+        in_hand: dict[bytes, Landed],
     ) -> tuple[dict[bytes, TextFlight], dict[bytes, Miss]]:
         """Sorts each distinct key: into `in_hand`, in the air (to be joined), or missing (to be claimed)."""
         joined: dict[bytes, TextFlight] = {}
         missing: dict[bytes, Miss] = {}
-        for key, text in zip(keys, ask.texts, strict=True):
+        for name, key, text in zip(names, keys, ask.texts, strict=True):
             if key in in_hand or key in missing:
                 continue
             if not ask.bypass:
-                if (entry := self._l1.get(key)) is not None:
+                if (entry := self._l1.get(name)) is not None:
                     in_hand[key] = Landed(entry, Outcome.L1)
                     continue
                 if (flight := self._flights.find(key)) is not None:

@@ -17,10 +17,11 @@ import hashlib
 import struct
 import zlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
 _HEADER = struct.Struct("<2sBBIIId")
 _MAGIC = b"EV"
@@ -29,15 +30,19 @@ _TRUNCATED = 1
 _FLOAT_BYTES = 4
 
 KEY_BYTES = 32
-_OVERHEAD_BYTES = 474  # key, Entry, ints, floats and the LRU's link to them; measured by scripts/bench/l1_memory.py
+NAME_CHARS = 128
+"""Up to this length a text is its own name in L1: exact, and a tenth of what a digest costs. A longer one would make L1
+larger."""
+_OVERHEAD_BYTES = 416  # name, Entry, ints, floats and L1's links to them; measured by scripts/bench/l1_memory.py
 
 
 @dataclass(slots=True)
 class Entry:
     """One text's vector (float32, little-endian, as bytes) and what a reply must tell of it. Not to be changed.
 
-    But for two fields that belong to `vectors`: `ready` is JSON made for an earlier reply, `unit` whether the vector
-    has unit length, once that has been found out. (Not frozen, since that quadruples what making one costs.)
+    But for the notes of others: of `vectors`, `ready`, JSON made for an earlier reply, and `unit`, whether the vector
+    has unit length, once that has been found out; of `lru`, the last two. (Not frozen, since that quadruples what
+    making one costs.)
     """
 
     vector: bytes
@@ -46,6 +51,8 @@ class Entry:
     expires_at: float
     ready: bytes | None = field(default=None, compare=False, repr=False)
     unit: bool | None = field(default=None, compare=False, repr=False)
+    fresh_until: float = field(default=0.0, compare=False, repr=False)
+    used: bool = field(default=False, compare=False, repr=False)
 
     @property
     def dimension(self) -> int:
@@ -89,9 +96,14 @@ class KeySpace:
 
     The key is the full 256-bit BLAKE2b digest (RFC 7693) of all that decides a vector. Each part but the last is
     preceded by its length, so no two different requests feed the hash the same bytes.
+
+    L1 knows a text by its name, which holds within one process only: the text itself behind a mark that no other
+    space of the process has, or the key of a text that is too long for that.
     """
 
-    __slots__ = ("_prefix", "direction", "fingerprint", "model_id", "prompt_name")
+    __slots__ = ("_mark", "_prefix", "direction", "fingerprint", "model_id", "prompt_name")
+
+    _numbers: ClassVar[Iterator[int]] = count()
 
     def __init__(
         self, *, model_id: str, fingerprint: str, prompt_name: str | None, prompt: str, direction: str
@@ -104,6 +116,17 @@ class KeySpace:
         for part in (fingerprint, prompt, direction):
             raw = part.encode()
             self._prefix.update(len(raw).to_bytes(8, "little") + raw)
+        self._mark = f"{next(self._numbers)}:"  # none begins another
+
+    def names(self, texts: Sequence[str]) -> Sequence[str | bytes]:
+        """What L1 calls each of at least one text; equal for equal texts only."""
+        mark = self._mark
+        if max(map(len, texts)) <= NAME_CHARS:
+            return [mark + text for text in texts]
+        return [mark + text if len(text) <= NAME_CHARS else self.key(text) for text in texts]
+
+    def name(self, text: str) -> str | bytes:
+        return self.names((text,))[0]
 
     def keys(self, texts: Iterable[str]) -> list[bytes]:
         """`KEY_BYTES` bytes for each text; equal for equal texts only."""

@@ -151,10 +151,12 @@ class Fill:
     def _settle_found(self, chunk: Sequence[TextFlight], found: dict[bytes, Entry]) -> None:
         self._metrics.l2_lookups["hit"].inc(len(found))
         self._metrics.l2_lookups["miss"].inc(len(chunk) - len(found))
+        fresh_until = self._clock() + self._l1_ttl_s
         for flight in chunk:
             if (entry := found.get(flight.key)) is not None:
                 if flight.ttl_s > 0:
-                    self._put_l1(flight.key, entry)
+                    asked = flight.payload
+                    self._l1.put(asked.space.name(asked.text), entry, expires_at=min(fresh_until, entry.expires_at))
                 self._flights.resolve(flight, Landed(entry, Outcome.L2))
         self._upstream.send([flight for flight in chunk if flight.state is State.CLAIMED])
 
@@ -181,19 +183,17 @@ class Fill:
         except InvalidRequest:  # the new model lacks this prompt: nothing to keep
             raise changed from None
         now = self._clock()
+        fresh_until = now + self._l1_ttl_s
         writes = []
         rows = zip(flights, result.vectors, result.tokens.tolist(), result.truncated.tolist(), strict=True)
         for flight, vector, tokens, truncated in rows:
             entry = Entry(vector.tobytes(), tokens, truncated, now + flight.ttl_s)
             if flight.ttl_s > 0 and flight.payload.epoch == self.epoch:
-                key = flight.key if expected else space.key(flight.payload.text)
-                self._put_l1(key, entry)
-                writes.append((key, entry))
+                text = flight.payload.text
+                self._l1.put(space.name(text), entry, expires_at=min(fresh_until, entry.expires_at))
+                writes.append((flight.key if expected else space.key(text), entry))
             if expected:
                 self._flights.resolve(flight, Landed(entry, Outcome.UPSTREAM))
         self._store.put_soon(self.epoch, writes)
         if not expected:
             raise changed
-
-    def _put_l1(self, key: bytes, entry: Entry) -> None:
-        self._l1.put(key, entry, expires_at=min(self._clock() + self._l1_ttl_s, entry.expires_at))

@@ -58,9 +58,6 @@ class Outcome(enum.StrEnum):
     FAILED = "failed"
 
 
-CACHED = frozenset({Outcome.L1, Outcome.L2, Outcome.JOINED})
-
-
 class Figure:
     """One integer of this process's row."""
 
@@ -154,6 +151,9 @@ class Metrics:
             self._labelled("upstream_calls", "Calls to HAProxy by how they ended.", "result", results)
         )
         self.upstream_retries = self._counter("upstream_retries", "Calls repeated on another replica.")
+        self.unusable_replies = self._counter(
+            "unusable_replies", "Replies to /embed that no healthy replica would give; the log names it."
+        )
         self.upstream_texts = self._counter("upstream_texts", "Texts sent upstream.")
         self.start_overs = self._counter(
             "start_overs", "Requests that looked up a second time: another fingerprint, or time."
@@ -175,8 +175,8 @@ class Metrics:
 
     def count_answer(self, outcomes: Sequence[Outcome], tokens: int, truncated: int) -> None:
         """One request was answered: an outcome for each of its texts."""
-        if len(outcomes) == 1:
-            self.outcomes[outcomes[0]].inc()
+        if outcomes.count(outcomes[0]) == len(outcomes):
+            self.outcomes[outcomes[0]].inc(len(outcomes))
         else:
             for outcome, texts in Tally(outcomes).items():
                 self.outcomes[outcome].inc(texts)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
     from embedding_service.admission import Admission
+    from embedding_service.balancer import Balancer
     from embedding_service.catalog import Catalog
     from embedding_service.config import Settings
     from embedding_service.drift import Drift
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from embedding_service.metrics import Metrics
     from embedding_service.redis_cache import RedisCache
     from embedding_service.singleflight import Flights
-    from embedding_service.upstream import Balancer, Miss, Upstream
+    from embedding_service.upstream import Miss, Upstream
 
 
 PUBLISH_S = 0.5  # a sibling's gauges are at most this old; counters are never old
@@ -62,6 +63,7 @@ class Service:
         }
         gauge("l2_connected", "1 while Redis is in use.", lambda: self.store.connected)
         gauge("replicas_reachable", "1 while a replica answers.", lambda: self.catalog.reachable)
+        gauge("replicas_ejected", "Replicas that answered nonsense, tried rarely.", lambda: self.upstream.ejected)
         gauge("flights", "Texts on their way from L2 or a replica.", lambda: len(self.flights))
         for lane in Lane:
             gauge(

@@ -5,7 +5,8 @@ of different requests wait and leave together. There is no timer. A piece holds 
 HAProxy balances requests by number and only pieces of like work make that fair.
 
 The gateway alone repeats sent work (HAProxy repeats only connections that failed): once, within a retry budget, so
-that an outage is never multiplied. A dead replica refuses the next connection, so the repetition lands elsewhere.
+that an outage is never multiplied. A dead replica refuses the next connection, so the repetition lands elsewhere. One
+that answers what cannot be used is named by its reply: the repetition goes to another, by name, and `Ejections` counts.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-import aiohttp
 import orjson
 
+from embedding_service.balancer import REPLICA_HEADER, Broken
+from embedding_service.ejection import Ejections
 from embedding_service.errors import (
     DeadlineExceeded,
     InferenceFailed,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from embedding_service.admission import Admission
+    from embedding_service.balancer import Balancer
     from embedding_service.entry import KeySpace
     from embedding_service.metrics import Metrics
     from ml_base.wire import ModelCard
@@ -58,13 +61,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-CONNECT_S = 1.0  # HAProxy is a host away at most
-CONNECT_TRIES_S = 0.8  # a reload of HAProxy refuses connections for a moment; nothing has been sent, so repeat freely
-CONNECT_PAUSE_S = 0.1
-UNSENT_HEADER = "x-connection-retries"
-"""On a 503 of HAProxy's own: other than 0, if the replicas it tried refused the connection. Those that have just died,
-or are just starting, count as up until the next checks, and several at once can take all of its tries."""
-KEEP_ALIVE_S = 15.0  # shorter than HAProxy's client keep-alive, so that we are the one to close
+EMBED = "/embed"
 MODELS_TIMEOUT_S = 2.0
 ASIDE_ID = "gateway-check"  # what a replica's log calls a text that no client asked for
 PROBE_TEXT = "probe"  # computed to learn a model's card, and thrown away
@@ -91,67 +88,6 @@ class Miss:
 
 
 MissFlight = Flight[Miss, object]
-
-
-class Broken(Exception):
-    """A sent request came to nothing, but another replica may answer it; `problem` if there is no other try."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.message)
-        self.problem = problem
-
-
-class Balancer:
-    """HTTP to HAProxy. As a context manager it owns the connections."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
-        self._session: aiohttp.ClientSession | None = None
-
-    async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),  # bounded by the lanes' calls
-            auto_decompress=False,
-        )
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._session is not None:
-            await self._session.close()
-
-    async def request(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers and body of one exchange. Raises `Unavailable`, or `Broken` if the request had been sent.
-
-        Connections that fail, here or behind HAProxy, are tried again for a moment: nothing has been sent on them.
-        """
-        assert self._session is not None, "used outside its context"  # noqa: S101 - for the type checker and misuse
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)  # the caller bounds the whole
-        give_up_at = time.monotonic() + CONNECT_TRIES_S
-        while True:
-            try:
-                async with self._session.request(
-                    method, self._url + path, data=body, headers=headers, timeout=timeout, allow_redirects=False
-                ) as reply:
-                    content = await reply.read()
-                    if not _unsent(reply.status, reply.headers) or time.monotonic() > give_up_at:
-                        return reply.status, reply.headers, content
-            except aiohttp.ClientConnectorError as refused:
-                if time.monotonic() > give_up_at:
-                    raise Unavailable(
-                        f"the balancer refuses connections: {refused.os_error.strerror}", retry_after_s=1
-                    ) from None
-            except aiohttp.ConnectionTimeoutError:
-                raise Unavailable("the balancer does not accept connections", retry_after_s=1) from None
-            except (aiohttp.ClientError, OSError) as broken:
-                raise Broken(Unavailable(f"the connection broke: {type(broken).__name__}", retry_after_s=1)) from None
-            await asyncio.sleep(CONNECT_PAUSE_S)
-
-
-def _unsent(status: int, headers: Mapping[str, str]) -> bool:
-    """HAProxy found nobody to send the request to, though it takes some replicas to be up."""
-    return status == 503 and headers.get(UNSENT_HEADER, "0") != "0"  # noqa: PLR2004 - the status is the word for it
 
 
 @dataclass(slots=True)
@@ -201,12 +137,18 @@ class Upstream:
         self._metrics = metrics
         self._retry_pause_s = retry_pause_s
         self._budget = RETRY_BUDGET
+        self._ejections = Ejections()
         self._tasks: dict[asyncio.Task[None], list[MissFlight]] = {}
         self._closed = False
 
     def __repr__(self) -> str:
         lanes = ", ".join(f"{s.lane}: {s.calls} calls, {len(s.queue)} queued" for s in self._lanes.values())
         return f"<Upstream {lanes}>"
+
+    @property
+    def ejected(self) -> int:
+        """How many replicas get no calls but tries, as what they answered could not be used."""
+        return len(self._ejections)
 
     async def __aenter__(self) -> Self:
         return self
@@ -318,14 +260,19 @@ class Upstream:
         try:
             async with asyncio.timeout(max(0.0, give_up_at - now)):
                 try:
-                    return await self._post(lane, piece, give_up_at)
+                    return await self._post(lane, piece, give_up_at, may_try=self._budget >= 1)
                 except Broken as failed:
                     self._spend_retry(failed.problem)
-                await asyncio.sleep(self._retry_pause_s)
+                    first = failed
+                if first.replica is None:
+                    await asyncio.sleep(self._retry_pause_s)
                 try:
-                    return await self._post(lane, piece, give_up_at)
+                    embedded = await self._post(lane, piece, give_up_at, avoid=first.replica)
                 except Broken as again:
                     raise again.problem from None
+                if first.replica is not None and first.in_doubt:
+                    self._count_unusable(first.replica)
+                return embedded
         except TimeoutError:
             late = DeadlineExceeded(
                 f"no answer from a replica within {give_up_at - now:.3f} s", limit=round(give_up_at - now, 3)
@@ -342,7 +289,15 @@ class Upstream:
         self._metrics.upstream_retries.inc()
         log.info("repeating a call on another replica: %s", problem.message)
 
-    async def _post(self, lane: Lane, piece: list[MissFlight], give_up_at: float) -> Embedded:
+    async def _post(
+        self,
+        lane: Lane,
+        piece: list[MissFlight],
+        give_up_at: float,
+        *,
+        avoid: str | None = None,
+        may_try: bool = False,
+    ) -> Embedded:
         space = piece[0].payload.space
         body = _body(space, [flight.payload.text for flight in piece])
         headers = {
@@ -352,25 +307,79 @@ class Upstream:
             TIMEOUT_HEADER: str(max(1, int((give_up_at - time.monotonic()) * 1000))),
             REQUEST_ID_HEADER: _joined_ids(piece),
         }
-        status, reply_headers, reply = await self._balancer.request("POST", "/embed", orjson.dumps(body), headers)
-        if status != 200:  # noqa: PLR2004
-            raise _problem_of(status, reply_headers, reply)
+        read = partial(Embedded.from_bytes, texts=len(piece))
+        return await self._ask(EMBED, body, headers, read, avoid=avoid, may_try=may_try)
+
+    async def _ask(
+        self,
+        path: str,
+        body: Mapping[str, object] | None,
+        headers: dict[str, str],
+        read: Callable[[bytes], T],
+        *,
+        avoid: str | None = None,
+        may_try: bool = False,
+    ) -> T:
+        """One request, a GET without a body. Raises `Problem`, or `Broken` where another replica may do better.
+
+        A replica is judged by what it computes: one that only lists models well is no good.
+        """
+        named = self._ejections.choose(avoid=avoid, may_try=may_try)
+        if named is not None:
+            headers[REPLICA_HEADER] = named
         try:
-            return Embedded.from_bytes(reply, texts=len(piece))
-        except WireError as broken:
-            log.error("a replica broke the contract: %s", broken)  # noqa: TRY400 - the trace says nothing more
-            raise Broken(InferenceFailed("a replica sent an unusable reply")) from None
+            replica, result = await self._send(path, body, headers, read)
+        except Broken as broken:
+            if path == EMBED and broken.replica is not None and not broken.in_doubt:
+                self._count_unusable(broken.replica)
+            raise
+        finally:
+            if named is not None:
+                self._ejections.done(named)
+        if path == EMBED and replica is not None:
+            self._ejections.usable(replica)
+        return result
+
+    async def _send(
+        self,
+        path: str,
+        body: Mapping[str, object] | None,
+        headers: Mapping[str, str],
+        read: Callable[[bytes], T],
+    ) -> tuple[str | None, T]:
+        """Who answered, and what. Raises `Problem` or `Broken`."""
+        raw = None if body is None else orjson.dumps(body)
+        status, reply_headers, reply = await self._balancer.request("POST" if raw else "GET", path, raw, headers)
+        replica = reply_headers.get(REPLICA_HEADER)
+        named = headers.get(REPLICA_HEADER)
+        if named is not None and replica not in (named, None):
+            self._ejections.forget(named)
+        if status != 200:  # noqa: PLR2004
+            problem = _problem_of(status, reply_headers, reply)
+            if isinstance(problem, InferenceFailed) and replica and self._ejections.has_good_besides(replica):
+                raise Broken(problem, replica, in_doubt=True)
+            raise problem
+        try:
+            return replica, read(reply)
+        except WireError as nonsense:
+            # no trace: it says no more
+            log.error("replica %s broke the contract of %s: %s", replica, path, nonsense)  # noqa: TRY400
+            raise Broken(InferenceFailed("a replica sent an unusable reply"), replica) from None
+
+    def _count_unusable(self, replica: str) -> None:
+        self._metrics.unusable_replies.inc()
+        self._ejections.unusable(replica)
 
     async def fetch_models(self) -> ModelList:
         """Which models there are, by the replica that happens to be asked. Raises `Problem`."""
-        return await self._exchange("GET", "/models", None, {}, MODELS_TIMEOUT_S, ModelList.from_json)
+        return await self._exchange("/models", None, {}, MODELS_TIMEOUT_S, ModelList.from_json)
 
     async def probe(self, model_id: str) -> ModelCard:
         """The card of a model, which its replica loads for it if need be. Raises `Problem`."""
         headers = {"accept": BINARY_TYPE, PRIORITY_HEADER: Lane.INTERACTIVE.value}
         body = {"texts": [PROBE_TEXT], "model_id": model_id}
         read = partial(Embedded.from_bytes, texts=1)
-        return (await self._exchange("POST", "/embed", body, headers, self._timeout_s, read)).card
+        return (await self._exchange(EMBED, body, headers, self._timeout_s, read)).card
 
     async def compute_aside(self, space: KeySpace, text: str) -> Embedded:
         """One text that nobody waits for: a job, which goes to no replica while other jobs wait. Raises `Problem`."""
@@ -378,37 +387,29 @@ class Upstream:
             raise Overloaded("the bulk lane has work waiting")
         headers = {"accept": BINARY_TYPE, PRIORITY_HEADER: Lane.BULK.value, REQUEST_ID_HEADER: ASIDE_ID}
         read = partial(Embedded.from_bytes, texts=1)
-        return await self._exchange("POST", "/embed", _body(space, [text]), headers, self._timeout_s, read)
+        return await self._exchange(EMBED, _body(space, [text]), headers, self._timeout_s, read)
 
     async def tokenize(self, body: Mapping[str, object], request_id: str) -> Tokenized:
         """The replicas' `POST /tokenize`. Raises `Problem`."""
         headers = {REQUEST_ID_HEADER: request_id}
-        return await self._exchange("POST", "/tokenize", body, headers, self._timeout_s, Tokenized.from_json)
+        return await self._exchange("/tokenize", body, headers, self._timeout_s, Tokenized.from_json)
 
     async def _exchange(
         self,
-        method: str,
         path: str,
         body: Mapping[str, object] | None,
-        headers: Mapping[str, str],
+        headers: dict[str, str],
         timeout_s: float,
         read: Callable[[bytes], T],
     ) -> T:
         """One request beside the lanes, never repeated. Raises `Problem`."""
-        raw = None if body is None else orjson.dumps(body)
         try:
             async with asyncio.timeout(timeout_s):
-                status, reply_headers, reply = await self._balancer.request(method, path, raw, headers)
-            if status != 200:  # noqa: PLR2004
-                raise _problem_of(status, reply_headers, reply)
-            return read(reply)
+                return await self._ask(path, body, headers, read)
         except Broken as failed:
             raise failed.problem from None
         except TimeoutError:
             raise Unavailable(f"no replica answered {path} within {timeout_s:g} s", retry_after_s=1) from None
-        except WireError as broken:
-            log.error("a replica broke the contract of %s: %s", path, broken)  # noqa: TRY400 - the trace says no more
-            raise InferenceFailed("a replica sent an unusable reply") from None
 
 
 def _body(space: KeySpace, texts: list[str]) -> dict[str, object]:

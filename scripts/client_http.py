@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,9 @@ import orjson
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-API_KEY_VARIABLE = "EMBEDDING_API_KEY"
-
 
 def open_session(
-    *, concurrency: int, timeout: aiohttp.ClientTimeout, priority: str | None = None
+    *, concurrency: int, timeout: aiohttp.ClientTimeout, api_key: str | None, priority: str | None = None
 ) -> aiohttp.ClientSession:
     headers = {
         "content-type": "application/json",
@@ -25,8 +22,8 @@ def open_session(
     }
     if priority:
         headers["x-priority"] = priority
-    if key := os.environ.get(API_KEY_VARIABLE):
-        headers["authorization"] = f"Bearer {key}"
+    if api_key:
+        headers["authorization"] = f"Bearer {api_key}"
     connector = aiohttp.TCPConnector(limit=concurrency)
     return aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import NoReturn
+import os
+from typing import TYPE_CHECKING, NoReturn
 
 from yarl import URL
 
+from ml_base.keys import parse_keys, secrets_from_files
+
+if TYPE_CHECKING:
+    from argparse import _ArgumentGroup
+
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+API_KEY = "EMBEDDING_API_KEY"
 
 
 class Misuse(Exception):
@@ -24,6 +31,28 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (--help shows the options)\n")
+
+
+def add_api_key(group: _ArgumentGroup) -> None:
+    """No option takes the key itself: whoever lists the machine's processes would read it."""
+    group.add_argument(
+        "--api-key-file",
+        dest="api_key",
+        metavar="PATH",
+        help=f"holds the key to send, or several of which the first is sent (default: {API_KEY} or {API_KEY}_FILE)",
+    )
+
+
+def read_api_key(parser: Parser, path: str | None) -> str | None:
+    """The key in the file, else the environment's, if there is one. A mistake ends the program with one line."""
+    try:
+        given = secrets_from_files({f"{API_KEY}_FILE": path} if path else os.environ, [API_KEY]).get(API_KEY)
+    except ValueError as mistake:
+        parser.error(str(mistake))
+    try:
+        return parse_keys(given)[0] if given else None
+    except ValueError as mistake:
+        parser.error(f"{API_KEY}: {mistake}")
 
 
 def http_url(text: str) -> str:

@@ -36,6 +36,8 @@ WARM_WITHIN_S = 180.0
 WORD_EVERY_S = 5.0
 STOP_WITHIN_S = 8.0
 REPLICA_DRAIN_S = 3.0
+USE_SERVER = "    use-server %[req.hdr(x-replica)] if { req.hdr(x-replica) -m found }"
+"""What belongs into every list of servers: see "naming" in haproxy/haproxy.cfg."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ def _python_env() -> dict[str, str]:
 def servers_cfg(replica_ports: Sequence[int]) -> str:
     """The local list of servers; every rule about them is in haproxy/haproxy.cfg."""
     lines = [f"    server ml-base-{number} {LOOPBACK}:{port}" for number, port in enumerate(replica_ports, 1)]
-    return "\n".join(("backend ml-base from ml_base", *lines, ""))
+    return "\n".join(("backend ml-base from ml_base", USE_SERVER, *lines, ""))
 
 
 def http_get(port: int, path: str) -> tuple[int, bytes]:

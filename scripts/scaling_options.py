@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from client_http import API_KEY_VARIABLE
-from client_options import Parser, http_url, positive_count, positive_seconds
+from client_options import Parser, add_api_key, http_url, positive_count, positive_seconds, read_api_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +29,6 @@ examples:
   validate_scaling.py --learn-url http://storage:8080/api     the same load through a storage server
 
 exit code: 0 every target met, 1 some target missed, 2 usage, 130 interrupted.
-{API_KEY_VARIABLE} in the environment is sent as a bearer token where the service asks for one.
 """
 
 
@@ -45,6 +43,7 @@ class Settings:
     concurrency: int
     texts: int
     timeout_s: float
+    api_key: str | None = field(repr=False)
     json: bool
 
 
@@ -67,6 +66,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> Settings:
     where.add_argument(
         "--learn-url", type=http_url, metavar="URL", help="send the load as POST URL/learn to a storage server instead"
     )
+    add_api_key(where)
     where.add_argument("--backend", default="ml-base", metavar="NAME", help="HAProxy's backend (default: %(default)s)")
     load = parser.add_argument_group("load")
     load.add_argument(
@@ -94,4 +94,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> Settings:
         help="for one request (default: 30)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the report")
-    return Settings(**vars(parser.parse_args(arguments)))
+    given = parser.parse_args(arguments)
+    given.api_key = read_api_key(parser, given.api_key)
+    return Settings(**vars(given))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 async def validate(settings: Settings, report: Report) -> None:
     timeout = aiohttp.ClientTimeout(total=settings.timeout_s)
-    async with open_session(concurrency=settings.concurrency, timeout=timeout) as session:
+    async with open_session(concurrency=settings.concurrency, timeout=timeout, api_key=settings.api_key) as session:
         await Validation(settings, session, report).run()
 
 

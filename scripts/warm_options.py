@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import ArgumentParser, ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from client_http import API_KEY_VARIABLE
-from client_options import Parser, http_url, positive_count, positive_seconds
+from client_options import Parser, add_api_key, http_url, positive_count, positive_seconds, read_api_key
 from warm_output import OUTPUTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_EPILOG = f"""
+_EPILOG = """
 input:
   text    one text a line, UTF-8; blank lines are skipped
   jsonl   one JSON value a line: a string, or an object that has the text under --field
@@ -24,7 +24,7 @@ input:
 output (--out):
   x.npy     float32 [texts, dimension]; row i is text i, blank lines not counted; the row of a failed text is NaN.
             Read it with numpy.load(x, mmap_mode="r").
-  x.jsonl   {{"line": n, "embedding": [...]}} in the order of FILE; a failed text has null and an "error".
+  x.jsonl   {"line": n, "embedding": [...]} in the order of FILE; a failed text has null and an "error".
   Written to x.part, which becomes x when all is done.
 
 resuming:
@@ -37,7 +37,6 @@ examples:
   zcat corpus.gz | warm_cache.py - --json
 
 exit code: 0 all texts done, 1 some failed or the service went away, 2 usage, 130 interrupted.
-{API_KEY_VARIABLE} in the environment is sent as a bearer token where the service asks for one.
 """
 
 
@@ -48,6 +47,7 @@ class Settings:
     field: str
     strict: bool
     url: str
+    api_key: str | None = dataclasses.field(repr=False)
     model: str | None
     prompt_name: str | None
     ttl_s: int | None
@@ -93,7 +93,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> Settings:
     _add_input(parser)
     _add_service(parser)
     _add_result(parser)
-    settings = Settings(**vars(parser.parse_args(arguments)))
+    given = parser.parse_args(arguments)
+    given.api_key = read_api_key(parser, given.api_key)
+    settings = Settings(**vars(given))
     if settings.dimensions and not settings.out:
         parser.error("--dimensions shapes what --out writes: name --out too")
     if settings.file == "-" and settings.state:
@@ -119,6 +121,7 @@ def _add_service(parser: ArgumentParser) -> None:
     group.add_argument(
         "--url", type=http_url, default="http://localhost:8888", help="the gateway (default: %(default)s)"
     )
+    add_api_key(group)
     group.add_argument("--model", metavar="ID", help="a model of /models (default: the service's)")
     group.add_argument("--prompt-name", metavar="NAME", help="one of the model's own prompts")
     group.add_argument(

@@ -52,7 +52,9 @@ class _Rejected(Exception):
 async def open_service(settings: Settings) -> AsyncIterator[Service]:
     """A wrong URL is worth one line at once, not the whole patience. Raises `Misuse`."""
     timeout = aiohttp.ClientTimeout(total=settings.timeout_s, sock_connect=CONNECT_S)
-    async with open_session(concurrency=settings.concurrency, timeout=timeout, priority=settings.priority) as session:
+    async with open_session(
+        concurrency=settings.concurrency, timeout=timeout, api_key=settings.api_key, priority=settings.priority
+    ) as session:
         try:
             async with session.get(f"{settings.url}/health", timeout=aiohttp.ClientTimeout(total=CONNECT_S)):
                 pass

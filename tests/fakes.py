@@ -15,6 +15,7 @@ import numpy as np
 import orjson
 
 from embedding_service.admission import Admission
+from embedding_service.balancer import Broken
 from embedding_service.catalog import Catalog
 from embedding_service.embedder import Embedder
 from embedding_service.entry import Entry, pack, unpack
@@ -23,7 +24,7 @@ from embedding_service.fill import Fill, Landed
 from embedding_service.lru import LRU
 from embedding_service.metrics import Metrics
 from embedding_service.singleflight import Flights
-from embedding_service.upstream import Broken, Miss, Upstream
+from embedding_service.upstream import Miss, Upstream
 from ml_base.wire import Embedded, Lane, ModelCard
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class FakeBalancer:
         self.others: dict[str, ModelCard] = {}  # further models
         self.loaded: set[str] = set()  # those of them that have been asked for
         self.listed: bytes | None = None  # what `/models` says instead
+        self.list_headers: dict[str, str] = {}  # of `/models`
         self.answers_at_once = False
         self.fails_with: tuple[int, bytes] | None = None
         self.waiting: list[Call] = []
@@ -100,7 +102,7 @@ class FakeBalancer:
         if path == "/models":
             if self.card is None:
                 raise Unavailable("no replica")
-            return 200, {}, self.listed or self._listed(self.card)
+            return 200, self.list_headers, self.listed or self._listed(self.card)
         if path == "/tokenize":
             return 200, {}, _tokenized(orjson.loads(body or b"{}"))
         call = Call(orjson.loads(body or b"{}"), headers)
@@ -207,7 +209,7 @@ class Gateway:
         self.metrics = Metrics()
         self.balancer = FakeBalancer()
         self.store = FakeStore(clock)
-        self.l1 = LRU[Entry](max_entries=l1_entries, size_of=Entry.size_bytes, clock=clock)
+        self.l1 = LRU[Entry](max_entries=l1_entries, clock=clock)
         self.admission = Admission(max_pending_bytes=dict.fromkeys(Lane, max_pending_bytes))
         self.upstream = Upstream(
             balancer=self.balancer,  # type: ignore[arg-type]  # one method is all that is used

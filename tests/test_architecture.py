@@ -50,7 +50,9 @@ ARROWS = {
     "embedding_service.lru": "",
     "embedding_service.singleflight": "",
     "embedding_service.redis_cache": "entry metrics ml_base.wire",
-    "embedding_service.upstream": "admission entry errors metrics singleflight ml_base.wire",
+    "embedding_service.balancer": "errors",
+    "embedding_service.ejection": "",
+    "embedding_service.upstream": "admission balancer ejection entry errors metrics singleflight ml_base.wire",
     "embedding_service.errors": "ml_base.errors",
     "embedding_service.metrics": "board",
     "embedding_service.board": "",
@@ -87,6 +89,7 @@ STDLIB_ONLY = {
     "embedding_service.entry",
     "embedding_service.board",
     "embedding_service.cl100k",
+    "embedding_service.ejection",
     "embedding_service.errors",
     "embedding_service.lru",
     "embedding_service.singleflight",
@@ -102,7 +105,7 @@ STDLIB_ONLY = {
 # library, or attribute of one -> the only modules that may touch it
 HOMES = {
     "redis": "embedding_service.redis_cache",
-    "aiohttp": "embedding_service.upstream",
+    "aiohttp": "embedding_service.balancer",
     "torch": "ml_base.backends",
     "sentence_transformers": "ml_base.backends",
     "transformers": "ml_base.backends",

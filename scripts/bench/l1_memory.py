@@ -28,7 +28,11 @@ def fill(l1: LRU[Entry], entries: int, dimension: int) -> None:
     for number in range(entries):
         now = time.time()
         entry = Entry(row.tobytes(), 300 + number % 700, truncated=False, expires_at=now + 3600)
-        l1.put(space.key(f"text {number}"), entry, expires_at=now + 60)
+        l1.put(
+            space.name(f"text {number}: how long does it take to fetch a vector from a cache"),
+            entry,
+            expires_at=now + 60,
+        )
 
 
 def main() -> None:
@@ -36,7 +40,7 @@ def main() -> None:
     options.add_argument("--entries", type=int, default=50_000)
     options.add_argument("--dimension", type=int, default=384)
     args = options.parse_args()
-    l1 = LRU[Entry](max_entries=args.entries, size_of=Entry.size_bytes)
+    l1 = LRU[Entry](max_entries=args.entries)
     gc.collect()
     before = resident_bytes()
     fill(l1, args.entries, args.dimension)

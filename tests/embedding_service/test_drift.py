@@ -43,7 +43,7 @@ class Checked:
     def spoil(self, text: str) -> None:
         """What L1 holds for a text is no longer its vector."""
         space = self.gateway.catalog.space(self.gateway.catalog.current, None, "right")  # type: ignore[arg-type]
-        entry = self.gateway.l1.get(space.key(text))
+        entry = self.gateway.l1.get(space.name(text))
         assert entry is not None
         entry.vector = np.array([1, -1, 0, 0], "<f4").tobytes()
 

@@ -137,7 +137,7 @@ async def test_a_failed_piece_fails_its_own_texts_and_caches_nothing(gateway: Ga
         await task
     second.answer()
     await settle()
-    assert gateway.l1.get(gateway.catalog.space(CARD, None, "right").key("a" * 60)) is None
+    assert gateway.l1.get(gateway.catalog.space(CARD, None, "right").name("a" * 60)) is None
     assert (await embed(gateway, "b" * 60)).outcomes == [L1]
 
 

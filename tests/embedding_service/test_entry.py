@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_service.entry import KEY_BYTES, Entry, KeySpace, pack, unpack
+from embedding_service.entry import KEY_BYTES, NAME_CHARS, Entry, KeySpace, pack, unpack
 
 KEY = bytes(range(KEY_BYTES))
 ENTRY = Entry(struct.pack("<4f", 1, -2.5, 3e-9, 0), tokens=12, truncated=True, expires_at=2000.5)
@@ -66,3 +66,11 @@ def test_parts_cannot_slide_into_each_other() -> None:
 @given(st.text(), st.text())
 def test_keys_are_equal_exactly_for_equal_texts(one: str, two: str) -> None:
     assert (space().key(one) == space().key(two)) is (one == two)
+
+
+def test_a_name_belongs_to_one_text_in_one_space_of_the_process() -> None:
+    texts = ["a", "1:a", ":a", "", "a" * NAME_CHARS, "a" * (NAME_CHARS + 1), "é" * (NAME_CHARS + 1)]
+    spaces = [space(prompt=prompt) for prompt in ("", "1:", "query: ")] + [space() for _ in range(20)]
+    names = [name for one in spaces[:3] for name in one.names(texts)] + [one.name("a") for one in spaces[3:]]
+    assert len(set(names)) == len(names)
+    assert spaces[0].names(texts) == [spaces[0].name(text) for text in texts]

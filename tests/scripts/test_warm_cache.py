@@ -64,6 +64,35 @@ def test_options_reach_the_request(service: FakeService, corpus: Path, monkeypat
     assert service.authorization == "Bearer secret"
 
 
+@pytest.mark.parametrize("told_by", ["option", "variable"])
+def test_a_key_is_read_from_a_file(
+    service: FakeService, corpus: Path, monkeypatch: pytest.MonkeyPatch, told_by: str
+) -> None:
+    keys = corpus.with_name("keys")
+    keys.write_text("first-key,second-key\n")
+    if told_by == "variable":
+        monkeypatch.setenv("EMBEDDING_API_KEY_FILE", str(keys))
+    warm(service, corpus, *(["--api-key-file", str(keys)] if told_by == "option" else []))
+    assert service.authorization == "Bearer first-key"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot read"), (" \n", "is empty"), ("secr\u00e9t", "printable ASCII")]
+)
+def test_a_key_file_that_cannot_be_used_is_told_in_one_line_without_the_key(
+    service: FakeService, corpus: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
+) -> None:
+    keys = corpus.with_name("keys")
+    if content is not None:
+        keys.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        warm(service, corpus, "--api-key-file", str(keys))
+    line = capsys.readouterr().err
+    assert (ended.value.code, line.count("\n")) == (2, 1)
+    assert message in line
+    assert "secr" not in line
+
+
 def test_an_empty_file_is_no_error(service: FakeService, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.txt").touch()
     assert warm(service, tmp_path / "empty.txt", "--json", "--out", str(tmp_path / "x.npy")) == 0

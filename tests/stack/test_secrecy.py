@@ -9,8 +9,11 @@ import httpx
 import pytest
 from local_stack import LOOPBACK, LocalStack
 
+from tests.stack.client import run_script
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 
@@ -75,6 +78,20 @@ def test_a_hit_is_checked_against_a_real_replica(stack: LocalStack) -> None:
     assert float(figures['embedding_drift_checks_total{result="same"}']) >= 1
     assert float(figures['embedding_drift_checks_total{result="different"}']) == 0
     assert float(figures["embedding_drift_worst"]) < 0.001
+
+
+@pytest.mark.parametrize("script", ["validate_scaling.py", "warm_cache.py"])
+def test_the_scripts_open_a_locked_gateway_and_do_not_tell_with_what(
+    stack: LocalStack, tmp_path: Path, script: str
+) -> None:
+    texts = tmp_path / "texts"
+    texts.write_text("one\ntwo\n")
+    where: list[str | Path] = ["--url", stack.url, "--stats-url", stack.stats_url, "--replicas", "1"]
+    options = where if script == "validate_scaling.py" else [texts, "--url", stack.url]
+    locked, _, _ = run_script(script, *options)
+    opened, out, err = run_script(script, *options, "--api-key-file", stack.state_dir / "keys")
+    assert (locked != 0, opened) == (True, 0), out + err
+    assert KEY not in out + err
 
 
 def runtime(stack: LocalStack, command: str) -> str:
