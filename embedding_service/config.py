@@ -46,8 +46,8 @@ class Settings(BaseSettings):
 
     cache_size: Annotated[int, Field(alias="EMBEDDING_CACHE_SIZE", ge=0, le=100_000_000)] = 50_000
     """L1 entries; about 2 KB each at 384 dimensions."""
-    ready_json_bytes: Annotated[int, Field(alias="EMBEDDING_READY_JSON_BYTES", ge=0)] = 6 * MIB
-    """Ready-made JSON of the hottest vectors, some 1,300 at 384 dimensions; measured by scripts/bench/hot_path.py."""
+    ready_json_bytes: Annotated[int, Field(alias="EMBEDDING_READY_JSON_BYTES", ge=0)] = 5 * MIB
+    """Ready-made JSON of the hottest vectors, some 1,100 at 384 dimensions; measured by scripts/bench/hot_path.py."""
     cache_ttl_s: Annotated[float, Field(alias="EMBEDDING_CACHE_TTL", gt=0)] = 86_400.0
 
     redis_enabled: Annotated[bool, Field(alias="REDIS_ENABLED")] = True
@@ -68,6 +68,10 @@ class Settings(BaseSettings):
     """A name that neither a model nor an alias has. Vectors of another model than the one named fit no index."""
     auto_truncate: Annotated[bool, Field(alias="AUTO_TRUNCATE")] = True
     """What a request means that does not say `truncate`: to refuse would fail most documents that clients send."""
+
+    empty_texts: Annotated[Literal["accept", "refuse"], Field(alias="EMPTY_TEXTS")] = "accept"
+    """In OpenAI's and TEI's dialects, whose own servers refuse them. Clients send one for a document without text, and
+    to refuse it would fail the hundreds of others in its request. In the native dialect they are texts."""
 
     max_texts: Annotated[int, Field(alias="MAX_TEXTS", ge=1, le=1_000_000)] = 8192
     """Four times what OpenAI allows: clients that send all they have in one request exist (Chroma)."""

@@ -6,12 +6,12 @@ the JSON of their last reply, within a bound of bytes.
 
 from __future__ import annotations
 
-from binascii import b2a_base64
 from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
 import orjson
+from pybase64 import b64encode
 
 from ml_base.native import ROWS_PER_CHUNK, UNIT_TOLERANCE, encode_row, shape
 
@@ -26,17 +26,19 @@ KEEP_ONE_IN = 8
 """Of the vectors turned into JSON, one in so many keeps it: a hot one has it soon, while vectors that are rarely asked
 for seldom push one out."""
 
+_FLOATS = np.dtype("<f4")  # made once: numpy reads the words for it anew each time
+
 
 def matrix(entries: Sequence[Entry]) -> NDArray[np.float32]:
     """The model's own vectors, float32 [entries, dimension]."""
     joined = b"".join([entry.vector for entry in entries])
-    return np.frombuffer(joined, "<f4").reshape(len(entries), -1)
+    return np.frombuffer(joined, _FLOATS).reshape(len(entries), -1)
 
 
 def unit_vector(entry: Entry) -> bytes:
     """The vector at unit length; its own bytes if the model has normalised it."""
     if entry.unit is None:
-        vector = np.frombuffer(entry.vector, "<f4")
+        vector = np.frombuffer(entry.vector, _FLOATS)
         entry.unit = bool(abs(np.dot(vector, vector) - 1) <= UNIT_TOLERANCE)
     return entry.vector if entry.unit else shape(matrix([entry]), dimensions=None, normalize=True).tobytes()
 
@@ -64,19 +66,22 @@ class Renderer:
                 vectors = shape(matrix(chunk), dimensions=dimensions, normalize=normalize)
                 yield [encode_row(vector, encoding_format) for vector in vectors]
             elif encoding_format == "base64":
-                yield [b'"%b"' % b2a_base64(unit_vector(entry), newline=False) for entry in chunk]
+                yield [b'"%b"' % b64encode(entry.vector if entry.unit else unit_vector(entry)) for entry in chunk]
             else:
                 yield [entry.ready or self._render(entry) for entry in chunk]
 
     def _render(self, entry: Entry) -> bytes:
-        row = orjson.dumps(np.frombuffer(unit_vector(entry), "<f4"), option=orjson.OPT_SERIALIZE_NUMPY)
+        row = orjson.dumps(
+            np.frombuffer(entry.vector if entry.unit else unit_vector(entry), _FLOATS),
+            option=orjson.OPT_SERIALIZE_NUMPY,
+        )
         self._made += 1
         if self._made % KEEP_ONE_IN == 0:
             self._keep(entry, row)
         return row
 
     def _keep(self, entry: Entry, row: bytes) -> None:
-        entry.ready = row
+        entry.ready = bytes(memoryview(row))  # of its own size: orjson leaves a hole behind what it returns
         self._ready.append(entry)
         self.ready_bytes += len(row)
         while self.ready_bytes > self._max_ready_bytes:

@@ -184,8 +184,10 @@ def check_texts(texts: Sequence[str], *, field: str, max_texts: int, max_text_by
         raise errors.InvalidRequest(
             f"{field}: at most {max_texts} texts, got {len(texts)}", field=field, limit=max_texts, value=len(texts)
         )
+    # four bytes is the most UTF-8 takes, so short texts need no encoding to be measured
+    if max(map(len, texts), default=0) * 4 <= max_text_bytes:
+        return
     for index, text in enumerate(texts):
-        # four bytes is the most UTF-8 takes, so short texts need no encoding to be measured
         if len(text) * 4 > max_text_bytes and (size := len(text.encode())) > max_text_bytes:
             raise errors.InvalidRequest(
                 f"{field}[{index}]: at most {max_text_bytes} bytes, got {size}",

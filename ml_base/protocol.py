@@ -1,7 +1,7 @@
 """What uvicorn leaves to a proxy in front: limits on a request's head, on the time a request may take to arrive, and on
-callers that do not take their reply.
+callers that do not take their reply. And a short cut: an app may write a whole reply in one go (`WHOLE`).
 
-All of it but a comparison for each read from the network is done by `sweep`, once a second and connection: a request
+All limits but a comparison for each read from the network are kept by `sweep`, once a second and connection: a request
 that arrives in one piece pays nothing for timers.
 """
 
@@ -11,6 +11,7 @@ import enum
 import logging
 import secrets
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -18,15 +19,27 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from ml_base import native
 
 if TYPE_CHECKING:
-    from typing import Self
+    import asyncio
+    from collections.abc import Callable, Sequence
+    from typing import Self, TypeAlias
 
     from uvicorn._types import ASGI3Application
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+    WriteWhole: TypeAlias = Callable[[bytes, Sequence[bytes]], bool]
+    """See `LimitedProtocol._write_whole`."""
 
 log = logging.getLogger(__name__)
 
 LATE = "body_late"
 """In a scope's state: the body has not arrived in time, and whoever reads it should give up."""
+
+WHOLE = "embedding.whole_reply"
+"""In a scope's extensions; its `write` is a `WriteWhole`."""
+
+
+TOGETHER_BYTES = 16 << 10
+"""A larger reply is written at once: once others have been made too, it is out of the processor's caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +79,13 @@ class LimitedProtocol(HttpToolsProtocol):
     _wire_bytes = 0  # of a request that has not arrived whole, and which one that is
     _wire_scope: object = None
     _running: RequestResponseCycle | None = None
+    _ready: ClassVar[list[tuple[asyncio.Transport, bytes]]] = []  # of all connections of a server
     _stalled: tuple[object, ...] | None = None
     _stalled_at = 0.0
 
     @classmethod
     def with_limits(cls, limits: Limits) -> type[Self]:
-        return type(cls.__name__, (cls,), {"limits": limits})
+        return type(cls.__name__, (cls,), {"limits": limits, "_ready": []})
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -91,7 +105,56 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        cycle.scope["extensions"] = {WHOLE: {"write": partial(self._write_whole, cycle)}}
         super()._start_asgi_task(cycle, app)
+
+    def _write_whole(self, cycle: RequestResponseCycle, head: bytes, parts: Sequence[bytes]) -> bool:
+        """A reply of status 200 with the lines of `head`, which the caller vouches for, and its body.
+
+        False: nothing has been written, and the reply has to go message by message, which knows how to wait.
+        """
+        if cycle.disconnected:
+            return True
+        if cycle.response_started or cycle.more_body or self.flow.write_paused:
+            return False
+        cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
+        first = [STATUS_LINE[200]]
+        for name, value in cycle.default_headers:
+            first += (name, b": ", value, b"\r\n")
+        last = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
+        reply = b"".join((*first, head, last, *parts))
+        cycle.message_event.set()
+        if cycle.keep_alive and len(reply) <= TOGETHER_BYTES:
+            self._write_soon(reply)
+        else:
+            self.transport.write(reply)
+        if not cycle.keep_alive:
+            self.transport.close()
+        cycle.on_response()
+        return True
+
+    def _write_soon(self, reply: bytes) -> None:
+        """With the other replies of this round of the loop, once all have been made.
+
+        The kernel's code and ours then do not push each other out of the processor's caches with every reply, and a
+        host that reads several of them is woken once (77 instead of 98 microseconds for a cached text). Nothing else
+        is written to the connection before: whatever would, runs later, or sees to it that this has been done.
+        """
+        if not self._ready:
+            self.loop.call_soon(self._write_ready)
+        self._ready.append((self.transport, reply))
+
+    @classmethod
+    def _write_ready(cls) -> None:
+        ready = cls._ready[:]
+        cls._ready.clear()
+        for transport, reply in ready:
+            transport.write(reply)
+
+    def shutdown(self) -> None:
+        self._write_ready()  # before the connection is closed as an idle one
+        super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -146,6 +209,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, error: str, error_type: str) -> None:
         """Answers what never became a request, and hangs up. Nothing is written into a reply that has begun."""
+        self._write_ready()
         if self.transport.is_closing():
             return
         request_id = secrets.token_hex(8)

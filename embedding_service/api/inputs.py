@@ -51,6 +51,13 @@ def sort_out(given: object, *, field: str, max_texts: int) -> tuple[Texts, Token
     raise _wrong(f"{field}[{index}]", given[index])
 
 
+def refuse_empty(texts: Sequence[str], *, field: str) -> None:
+    """Raises `EmptyInput` for the first empty string."""
+    if "" in texts:
+        place = f"{field}[{texts.index('')}]"
+        raise EmptyInput(f"{place}: at least one character, got an empty string", field=place, limit=1, value=0)
+
+
 def _ids(item: Sequence[object], field: str) -> list[int]:
     if not item:
         raise EmptyInput(f"{field}: at least one token id, got an empty list", field=field, limit=1, value=0)

@@ -34,8 +34,8 @@ class NativeDialect:
         )
         await self._serving.reply(exchange, request.texts, request, self)
 
-    def join(self, rows: list[bytes], start: int) -> bytes:  # noqa: ARG002 - every row is alike here
-        return b",".join(rows)
+    def items(self, rows: list[bytes], start: int) -> list[bytes]:  # noqa: ARG002 - every row is alike here
+        return rows
 
     def frame(self, chunks: list[bytes], answer: Answer, options: NativeEmbedRequest, took_s: float) -> list[bytes]:
         return native.assemble_reply(

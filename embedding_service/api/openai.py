@@ -121,9 +121,10 @@ def error_body(problem: Problem, request_id: str) -> tuple[int, bytes]:  # noqa:
 class OpenAIDialect:
     """Answers as OpenAI does, from the models that are served here."""
 
-    def __init__(self, serving: Serving, *, max_inputs: int) -> None:
+    def __init__(self, serving: Serving, *, max_inputs: int, accept_empty: bool) -> None:
         self._serving = serving
         self._max_inputs = max_inputs
+        self._accept_empty = accept_empty
 
     async def embed(self, exchange: Exchange) -> None:
         """Raises `Problem`."""
@@ -131,18 +132,17 @@ class OpenAIDialect:
         texts, lists = inputs.sort_out(request.input, field="input", max_texts=self._max_inputs)
         if lists:
             texts = await cl100k.decode(lists, field="input")
+        if not self._accept_empty:
+            inputs.refuse_empty(texts, field="input")
         native.check_texts(
             texts, field="input", max_texts=self._max_inputs, max_text_bytes=self._serving.max_text_bytes
         )
         await self._serving.reply(exchange, texts, request, self)
 
-    def join(self, rows: list[bytes], start: int) -> bytes:
-        return b",".join(
-            [
-                b'{"object":"embedding","index":%d,"embedding":%b}' % (index, row)
-                for index, row in enumerate(rows, start)
-            ]
-        )
+    def items(self, rows: list[bytes], start: int) -> list[bytes]:
+        return [
+            b'{"object":"embedding","index":%d,"embedding":%b}' % (index, row) for index, row in enumerate(rows, start)
+        ]
 
     def frame(
         self,

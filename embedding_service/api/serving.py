@@ -75,11 +75,11 @@ class Exchange:
 class Shape(Protocol[R_contra]):
     """How a dialect writes a reply. Pure."""
 
-    def join(self, rows: list[bytes], start: int) -> bytes:
-        """Encoded vectors of the texts from `start` on, as a part of the reply's list."""
+    def items(self, rows: list[bytes], start: int) -> list[bytes]:
+        """Encoded vectors of the texts from `start` on, as items of the reply's list."""
 
     def frame(self, chunks: list[bytes], answer: Answer, options: R_contra, took_s: float) -> list[bytes]:
-        """The whole body around the joined chunks, in parts."""
+        """The whole body in parts, around chunks of one or more items."""
 
 
 class Serving:
@@ -124,8 +124,11 @@ class Serving:
             normalize=options.normalize is not False,
             encoding_format=options.encoding_format,
         ):
-            chunks.append(shape.join(rows, len(chunks) * native.ROWS_PER_CHUNK))
-            if len(texts) > native.ROWS_PER_CHUNK:
+            items = shape.items(rows, len(chunks) * native.ROWS_PER_CHUNK)
+            if len(texts) <= native.ROWS_PER_CHUNK:
+                chunks = items  # copied once, when the reply is put together
+            else:
+                chunks.append(b",".join(items))
                 await asyncio.sleep(0)  # others' cached answers go out between the chunks of a large one
         ended = time.perf_counter()
         parts = shape.frame(chunks, answer, options, ended - exchange.started)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ml_base.wire import TokenizedText
 
 _WORDS = {"texts": "inputs"}
+_POOLING = {"lasttoken": "last_token"}  # sentence-transformers' word -> theirs; the others are the same
 
 # As in the native dialect, whose error types are TEI's; these statuses are not.
 STATUS = native.STATUS | {EmptyInput: (400, "Empty"), InferenceFailed: (424, "Backend")}
@@ -70,15 +71,19 @@ def error_body(problem: Problem, request_id: str) -> tuple[int, bytes]:
 class TeiDialect:
     """Answers as TEI does: a bare list of vectors, also for one text."""
 
-    def __init__(self, serving: Serving, *, catalog: Catalog, upstream: Upstream) -> None:
+    def __init__(self, serving: Serving, *, catalog: Catalog, upstream: Upstream, accept_empty: bool) -> None:
         self._serving = serving
         self._catalog = catalog
         self._upstream = upstream
+        self._accept_empty = accept_empty
 
     async def embed(self, exchange: Exchange) -> None:
         """Raises `Problem`."""
         request = native.read(TeiEmbedRequest, exchange.body)
-        await self._serving.reply(exchange, self._texts(request.inputs), request, self)
+        texts = self._texts(request.inputs)
+        if not self._accept_empty:
+            inputs.refuse_empty(texts, field="inputs")
+        await self._serving.reply(exchange, texts, request, self)
 
     async def tokenize(self, exchange: Exchange) -> None:
         """Tokens by the served model's own tokenizer, at a replica. Raises `Problem`."""
@@ -100,8 +105,8 @@ class TeiDialect:
         headers = [(b"server-timing", b"tokenize;dur=%.3f" % took_ms)]
         await asgi.send_bytes(exchange.send, 200, [orjson.dumps(reply)], headers=headers)
 
-    def join(self, rows: list[bytes], start: int) -> bytes:  # noqa: ARG002 - every row is alike here
-        return b",".join(rows)
+    def items(self, rows: list[bytes], start: int) -> list[bytes]:  # noqa: ARG002 - every row is alike here
+        return rows
 
     def frame(
         self,
@@ -145,12 +150,13 @@ def _tokens(text: str, tokenized: TokenizedText) -> list[dict[str, Any]]:
 def info(catalog: Catalog, *, max_texts: int, calls: int, auto_truncate: bool) -> dict[str, Any]:
     """TEI's part of `/info`; null for what the gateway does not know of its replicas."""
     card = catalog.current
+    pooling = card and (_POOLING.get(card.pooling, card.pooling) or None)
     return {
         "model_id": card and card.id,
         "model_sha": None,
         "model_dtype": card and card.dtype,
         "served_model_name": card and card.id,
-        "model_type": {"embedding": {"pooling": None}},
+        "model_type": {"embedding": {"pooling": pooling}},
         "max_concurrent_requests": calls,
         "max_input_length": card and card.max_tokens,
         "max_batch_tokens": None,

@@ -22,6 +22,9 @@ class VectorsConfig(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
     task_type: Annotated[Literal["query", "passage"] | None, Field(description="Chooses the model's prompt.")] = None
+    dimensions: Annotated[
+        int | None, Field(ge=1, le=native.MAX_DIMENSIONS, description="Keep the first n components.")
+    ] = None
 
 
 class VectorsRequest(BaseModel):
@@ -50,7 +53,8 @@ class WeaviateDialect:
         request = native.read(VectorsRequest, exchange.body)
         limits = self._serving
         native.check_texts([request.text], field="text", max_texts=1, max_text_bytes=limits.max_text_bytes)
-        options = Options(input_type=None if request.config is None else request.config.task_type)
+        config = request.config or VectorsConfig()
+        options = Options(input_type=config.task_type, dimensions=config.dimensions)
         await limits.reply(exchange, [request.text], options, _Shape(request.text))
 
 
@@ -58,9 +62,9 @@ class _Shape:
     def __init__(self, text: str) -> None:
         self._text = text
 
-    def join(self, rows: list[bytes], start: int) -> bytes:  # noqa: ARG002 - there is one
-        return rows[0]
+    def items(self, rows: list[bytes], start: int) -> list[bytes]:  # noqa: ARG002 - there is one
+        return rows
 
     def frame(self, chunks: list[bytes], answer: Answer, options: Options, took_s: float) -> list[bytes]:  # noqa: ARG002
-        text = orjson.dumps(self._text)
-        return [b'{"text":%b,"vector":' % text, chunks[0], b',"dim":%d}' % answer.card.dimension]
+        dim = options.dimensions or answer.card.dimension
+        return [b'{"text":%b,"vector":' % orjson.dumps(self._text), chunks[0], b',"dim":%d}' % dim]

@@ -45,6 +45,7 @@ def test_openais_names_lead_to_the_default_model_unless_told_otherwise() -> None
         ("REDIS_ENABLED", "perhaps", "REDIS_ENABLED: "),
         ("MODEL_ALIASES", "a=b,c", "MODEL_ALIASES: must be name=model pairs, comma separated; 'c' is none"),
         ("UNKNOWN_MODEL", "guess", "UNKNOWN_MODEL: Input should be 'refuse' or 'default'"),
+        ("EMPTY_TEXTS", "no", "EMPTY_TEXTS: Input should be 'accept' or 'refuse'"),
         ("ML_BASE_URL", "ml-base-lb", "ML_BASE_URL: "),
         ("ML_BASE_TIMEOUT", "0", "ML_BASE_TIMEOUT: Input should be greater than 0, got '0'"),
         ("EMBEDDING_WORKERS", "0", "EMBEDDING_WORKERS: Input should be greater than or equal to 1, got '0'"),

@@ -83,6 +83,17 @@ async def test_an_empty_string_is_a_text(client: Client) -> None:
     assert len((await client.openai([""])).json()["data"]) == 1
 
 
+@pytest.mark.parametrize(("given", "param"), [("", "input[0]"), (["a", "", ""], "input[1]")])
+async def test_in_strict_mode_an_empty_string_is_refused_as_the_specification_has_it(
+    strict: Client, given: Any, param: str
+) -> None:
+    reply = await strict.openai(given)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    assert "an empty string" in reply.json()["error"]["message"]
+    assert (await strict.openai(["a", " "])).status_code == 200
+    assert (await strict.embed("")).status_code == 200  # the native dialect's texts may be empty
+
+
 @pytest.mark.parametrize(
     ("ids", "texts"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,6 +95,12 @@ async def test_a_refusal_is_a_string_with_teis_status_and_type(client: Client, c
     assert told["error"].startswith(field)
 
 
+async def test_in_strict_mode_an_empty_text_is_refused_as_tei_refuses_it(strict: Client) -> None:
+    reply = await strict.tei(["a", ""])
+    assert (reply.status_code, reply.json()["error_type"], reply.json()["field"]) == (400, "Empty", "inputs[1]")
+    assert (await strict.tei(["a"])).status_code == 200
+
+
 async def test_a_broken_replica_is_a_424(client: Client) -> None:
     client.gateway.balancer.answers_at_once = False
     client.gateway.balancer.fails_with = (500, b'{"error": "the model broke"}')
@@ -131,6 +138,15 @@ async def test_info_has_what_teis_clients_look_for(client: Client) -> None:
     assert info["auto_truncate"] is True
 
 
+@pytest.mark.parametrize(
+    ("pooling", "theirs"), [("mean", "mean"), ("lasttoken", "last_token"), ("cls+max", "cls+max"), ("", None)]
+)
+async def test_info_names_the_pooling_in_teis_words(client: Client, pooling: str, theirs: str | None) -> None:
+    client.gateway.catalog.adopt(replace(CARD, pooling=pooling))
+    info = (await client.http.get("/info")).json()
+    assert info["model_type"]["embedding"]["pooling"] == theirs
+
+
 @pytest.mark.parametrize("path", ["/", "/ping", "/health", "/healthz"])
 async def test_health_is_found_wherever_clients_look(client: Client, path: str) -> None:
     assert (await client.http.get(path)).status_code == 200
@@ -145,10 +161,24 @@ async def test_weaviate_sends_no_content_type_and_gets_its_text_back(client: Cli
     assert client.gateway.balancer.sent[0].body["prompt_name"] == "query"
 
 
-async def test_weaviate_is_told_what_is_wrong_in_a_string(client: Client) -> None:
-    reply = await client.http.post("/vectors", content=b'{"text": 7}')
-    assert (reply.status_code, reply.json()["field"]) == (422, "text")
-    assert isinstance(reply.json()["error"], str)
+async def test_weaviate_gets_as_many_dimensions_as_its_collection_is_set_to(client: Client) -> None:
+    reply = (await client.http.post("/vectors", json={"text": "a", "config": {"dimensions": 3}})).json()
+    assert (reply["dim"], len(reply["vector"])) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"text": 7}, "text"),
+        ({}, "text"),
+        ({"text": "a", "config": {"dimensions": 0}}, "config.dimensions"),
+        ({"text": "a", "config": {"dimensions": 1536}}, "dimensions"),
+    ],
+)
+async def test_weaviate_is_told_what_is_wrong_in_a_string(client: Client, body: Any, field: str) -> None:
+    reply = await client.http.post("/vectors", json=body)
+    assert (reply.status_code, reply.json()["field"]) == (422, field)
+    assert reply.json()["error"].startswith(field)
 
 
 async def test_weaviate_finds_the_service_ready(client: Client) -> None:

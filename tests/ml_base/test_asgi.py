@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ml_base import asgi, errors
+from ml_base.protocol import WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -207,6 +208,15 @@ async def test_a_request_without_a_reply_is_observed_as_hung_up() -> None:
     edge = asgi.Edge(silent, direct={}, observe=lambda _s, status, _t: statuses.append(status), draining=lambda: False)
     await edge(scope_with(), receive_of(), Sent())
     assert statuses == [499]
+
+
+async def test_a_header_that_would_break_into_the_next_line_is_not_written_in_one_go() -> None:
+    written: list[bytes] = []
+    scope = scope_with() | {"extensions": {WHOLE: {"write": lambda head, _: written.append(head) or True}}}
+    sender = asgi._Sender(Sent(), scope, b"rid", lambda: False)
+    assert not sender.at_once([(b"x-model", b"a\r\nset-cookie: b")], [b"body"])
+    assert sender.at_once([(b"x-model", b"a")], [b"body"])
+    assert written == [b"x-model: a\r\nx-request-id: rid\r\n"]
 
 
 async def test_while_draining_every_reply_closes_its_connection() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from ml_base import asgi
@@ -27,21 +29,23 @@ HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n"
 class Server:
     """Echoes bodies, and gives `/large` more than a socket takes. Its connections are swept by hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, http: type[HttpToolsProtocol] | None = None) -> None:
         self.state = ServerState()
+        self.state.default_headers = [(b"date", b"today")]
+        self.stops_after_reply = False
         self.gate = asyncio.Event()
         self.gate.set()
         self.failures: list[BaseException] = []
         self._callers: list[Caller] = []
-        http = LimitedProtocol.with_limits(LIMITS)
+        self._edge = asgi.Edge(asgi.guarded(self.echo), direct={}, observe=lambda *_: None, draining=lambda: False)
+        http = http or LimitedProtocol.with_limits(LIMITS)
         config = uvicorn.Config(self.app, http=http, interface="asgi3", proxy_headers=False, log_config=None)
         config.load()
         self._config = config
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["state"]["request_id"] = "rid"
         try:
-            await asgi.guarded(self.echo)(scope, receive, send)
+            await self._edge(scope, receive, send)
         except BaseException as failure:
             self.failures.append(failure)
             raise
@@ -50,6 +54,9 @@ class Server:
         body = await asgi.read_body(scope, receive, limit_bytes=50_000)
         await self.gate.wait()
         await asgi.send_bytes(send, 200, [b"x" * 50_000_000 if scope["path"] == "/large" else body])
+        if self.stops_after_reply:
+            for connection in list(self.state.connections):
+                connection.shutdown()
 
     async def __aenter__(self) -> Self:
         make: Any = self._config.http_protocol_class
@@ -90,11 +97,14 @@ class Caller:
         self.writer.write(raw)
         await asyncio.sleep(0.02)  # until the server has read it: both ends share this loop
 
+    async def raw(self) -> bytes:
+        """What comes before the connection is closed."""
+        async with asyncio.timeout(5):
+            return await self._reader.read()
+
     async def reply(self) -> tuple[int, Any]:
         """Status and body of what comes before the connection is closed."""
-        async with asyncio.timeout(5):
-            raw = await self._reader.read()
-        head, _, body = raw.partition(b"\r\n\r\n")
+        head, _, body = (await self.raw()).partition(b"\r\n\r\n")
         return int(head[9:12] or 0), json.loads(body or b"null")
 
     async def is_open(self) -> bool:
@@ -199,3 +209,35 @@ async def test_a_caller_that_leaves_with_a_request_in_hand_and_one_behind_it_bre
     server.gate.set()
     await asyncio.sleep(0.05)
     assert not server.state.tasks
+
+
+CLOSING = b"POST / HTTP/1.1\r\nhost: x\r\nx-request-id: r\r\nconnection: close\r\ncontent-length: 5\r\n\r\nhello"
+OLD = b"POST / HTTP/1.0\r\nx-request-id: r\r\ncontent-length: 5\r\n\r\nhello"
+
+
+@pytest.mark.parametrize("request_", [CLOSING, OLD, HEAD + b"first" + CLOSING.replace(b"hello", b"again")])
+async def test_a_reply_written_in_one_go_is_the_one_that_uvicorn_would_write(request_: bytes) -> None:
+    replies = []
+    for http in (None, HttpToolsProtocol):
+        async with Server(http) as server:
+            raw = await (await server.connect(request_)).raw()
+            replies.append(sorted(_without_own_ids(raw).split(b"\r\n")))
+    assert replies[0] == replies[1]
+
+
+def _without_own_ids(raw: bytes) -> bytes:
+    return re.sub(rb"x-request-id: [0-9a-f]{16}", b"x-request-id: made", raw)
+
+
+async def test_a_reply_that_is_about_to_be_written_goes_out_before_the_server_stops(server: Server) -> None:
+    server.stops_after_reply = True
+    raw = await (await server.connect(HEAD + b"hello")).raw()
+    assert raw.endswith(b"hello")
+
+
+async def test_what_follows_a_request_and_is_no_http_does_not_overtake_its_reply(server: Server) -> None:
+    caller = await server.connect(HEAD + b"hello")
+    caller.writer.write(HEAD + b"again" + b"\0\0 no http\r\n\r\n")
+    raw = await caller.raw()
+    assert raw.startswith(b"HTTP/1.1 200"), raw
+    assert raw.index(b"hello") < raw.index(b"HTTP/1.1 400")
