@@ -171,6 +171,7 @@ def _card(model_id: str, backend: Backend, dimension: int) -> ModelCard:
         max_tokens=backend.max_tokens,
         backend=backend.name,
         dtype=backend.dtype,
+        pooling=backend.pooling,
         prompts=dict(backend.prompts),
         default_prompt_name=backend.default_prompt_name,
     )

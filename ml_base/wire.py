@@ -91,6 +91,7 @@ class ModelCard:
     """What a gateway must know of a loaded model to build cache keys and check requests.
 
     `fingerprint` changes with anything that changes a vector: weights, pooling, max length, backend, dtype.
+    `pooling` is sentence-transformers' word for it: "mean", "cls"; "" if the model does not say.
     """
 
     id: Annotated[str, Field(min_length=1)]
@@ -99,6 +100,7 @@ class ModelCard:
     max_tokens: Annotated[int, Field(ge=1)]
     backend: str = ""
     dtype: str = ""
+    pooling: str = ""
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
 

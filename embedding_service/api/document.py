@@ -100,7 +100,13 @@ def _tokenize(  # type: ignore[empty-body]
 
 
 def _vectors(  # type: ignore[empty-body]
-    body: Annotated[VectorsRequest, _examples(text={"text": "hello world", "config": {"task_type": "query"}})],
+    body: Annotated[
+        VectorsRequest,
+        _examples(
+            text={"text": "hello world", "config": {"task_type": "query"}},
+            shorter={"text": "hello world", "config": {"dimensions": 2}},
+        ),
+    ],
 ) -> VectorsReply:
     """Embed one text as Weaviate's text2vec-transformers asks for it."""
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Response
 
 from embedding_service.api import openai, tei
 from embedding_service.metrics import VERSION, Outcome
+from ml_base import native
 
 if TYPE_CHECKING:
     from embedding_service.catalog import Catalog
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
 def router(service: Service) -> APIRouter:
     """Routes over the parts of one gateway."""
     ops = APIRouter(tags=["operations"])
+
+    @ops.get("/livez", summary="The process runs; says nothing of Redis or replicas.")
+    def livez() -> Response:
+        return _json({"status": "alive"})
+
+    ops.include_router(_lockable(service))
+    return ops
+
+
+def _lockable(service: Service) -> APIRouter:
+    """Whatever may need a key."""
+    ops = APIRouter(responses={401: {"model": native.ErrorReply}})
     _add_probes(ops, service)
     _add_information(ops, service)
     _add_models(ops, service)
@@ -28,7 +41,11 @@ def router(service: Service) -> APIRouter:
     def cache_stats() -> Response:
         return _json(cache_figures(service))
 
-    @ops.post("/cache/clear", summary="Forget every cached vector, in every gateway and in Redis.")
+    @ops.post(
+        "/cache/clear",
+        summary="Forget every cached vector, in every gateway and in Redis.",
+        responses={403: {"model": native.ErrorReply}},
+    )
     async def cache_clear() -> Response:
         service.metrics.publish()
         l1 = service.l1_figures["size"].total  # of all processes: the others clear before their next look-up
@@ -44,11 +61,9 @@ def router(service: Service) -> APIRouter:
 
 
 def _add_probes(ops: APIRouter, service: Service) -> None:
-    @ops.get("/livez", summary="The process runs; says nothing of Redis or replicas.")
-    def livez() -> Response:
-        return _json({"status": "alive"})
+    down: dict[int | str, dict[str, Any]] = {503: {"description": "`reasons` tell why not."}}
 
-    @ops.get("/readyz", summary="Ready to answer what is cached: not draining, and a model is known.")
+    @ops.get("/readyz", summary="Ready to answer what is cached: not draining, and a model is known.", responses=down)
     def readyz() -> Response:
         reasons = service.unready()
         return _json({"status": "unready" if reasons else "ready", "reasons": reasons}, 503 if reasons else 200)
@@ -57,14 +72,14 @@ def _add_probes(ops: APIRouter, service: Service) -> None:
     def well_known_live() -> Response:
         return Response(status_code=204)
 
-    @ops.get("/.well-known/ready", summary="As /readyz; Weaviate asks here.", status_code=204)
+    @ops.get("/.well-known/ready", summary="As /readyz; Weaviate asks here.", status_code=204, responses=down)
     def well_known_ready() -> Response:
         return Response(status_code=503 if service.unready() else 204)
 
-    @ops.get("/", summary="As /health: what a client finds that was given the bare URL.")
-    @ops.get("/ping", summary="As /health; TEI has it.")
-    @ops.get("/healthz", summary="As /health.")
-    @ops.get("/health", summary="Healthy: ready, and replicas answer.")
+    @ops.get("/", summary="As /health: what a client finds that was given the bare URL.", responses=down)
+    @ops.get("/ping", summary="As /health; TEI has it.", responses=down)
+    @ops.get("/healthz", summary="As /health.", responses=down)
+    @ops.get("/health", summary="Healthy: ready, and replicas answer.", responses=down)
     def health() -> Response:
         reasons = service.unhealthy()
         body = {
@@ -93,7 +108,14 @@ def _add_models(ops: APIRouter, service: Service) -> None:
     def models() -> Response:
         return _json(_models(service.catalog))
 
-    @ops.get("/v1/models", summary="The names that `model` may say, as OpenAI lists them.", tags=["OpenAI"])
+    refusal = {"model": openai.ErrorReply}
+
+    @ops.get(
+        "/v1/models",
+        summary="The names that `model` may say, as OpenAI lists them.",
+        tags=["OpenAI"],
+        responses={401: refusal},
+    )
     def v1_models() -> openai.ModelsReply:
         return openai.models(service.catalog)
 
@@ -101,7 +123,7 @@ def _add_models(ops: APIRouter, service: Service) -> None:
         "/v1/models/{name:path}",
         summary="One of them.",
         tags=["OpenAI"],
-        responses={404: {"model": openai.ErrorReply}, 503: {"model": openai.ErrorReply}},
+        responses={401: refusal, 404: refusal, 503: refusal},
     )
     def v1_model(name: str) -> openai.Model:
         return openai.model(service.catalog, name)

@@ -71,6 +71,10 @@ class Backend(Protocol):
     @property
     def max_tokens(self) -> int: ...
     @property
+    def pooling(self) -> str:
+        """How the tokens' vectors become one, as the card has it."""
+
+    @property
     def prompts(self) -> Mapping[str, str]: ...
     @property
     def default_prompt_name(self) -> str | None: ...

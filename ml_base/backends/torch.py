@@ -110,6 +110,7 @@ class TorchBackend:
         self._excludes_prompt = any(not getattr(module, "include_prompt", True) for module in model.children())
         self._prompt_tokens: dict[str, int] = {}
         self.max_tokens = _max_tokens(model)
+        self.pooling = _pooling(model)
         self.prompts: Mapping[str, str] = {name: prompt or "" for name, prompt in model.prompts.items()}
         self.default_prompt_name: str | None = model.default_prompt_name
         self._identity = self._digest()
@@ -245,6 +246,11 @@ def _max_tokens(model: SentenceTransformer) -> int:
         if limit is not None and limit < _NO_LIMIT_TOKENS:
             return int(limit)
     raise UnsupportedModelError("neither its tokenizer nor its configuration says how long a text may be")
+
+
+def _pooling(model: SentenceTransformer) -> str:
+    modes = [getattr(module, "pooling_mode", ()) for module in model.children()]
+    return "+".join(mode for one in modes for mode in ((one,) if isinstance(one, str) else one))
 
 
 def _config(model: SentenceTransformer) -> Any:

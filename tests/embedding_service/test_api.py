@@ -278,6 +278,12 @@ async def test_every_reply_says_what_it_cost(client: Client) -> None:
     assert [stage.partition(";")[0] for stage in headers["server-timing"].split(", ")] == ["receive", "embed", "encode"]
 
 
+async def test_texts_that_were_cut_are_counted_each_time_they_are_answered(client: Client) -> None:
+    for _ in range(2):
+        assert (await client.openai(["short", "word " * 40])).status_code == 200
+    assert "embedding_truncated_texts_total 2.0" in (await client.http.get("/metrics")).text
+
+
 async def test_the_lifetime_may_come_in_a_header(client: Client) -> None:
     for _ in range(2):
         await client.http.post("/embed", json={"texts": ["a"]}, headers={"x-cache-ttl": "0"})
@@ -286,12 +292,28 @@ async def test_the_lifetime_may_come_in_a_header(client: Client) -> None:
     assert (wrong.status_code, wrong.json()["field"]) == (422, "x-cache-ttl")
 
 
-@pytest.mark.parametrize("path", ["/embed/", "/health/", "/info/", "/v1/embeddings/", "/embeddings/", "/v1/models/"])
+@pytest.mark.parametrize("path", ["/health/", "/info/", "/meta/", "/ping/", "/v1/models/", "/v1/models/model/"])
 async def test_a_slash_at_the_end_makes_no_difference(client: Client, path: str) -> None:
     client.gateway.catalog.reachable = True
-    body = {"input": "a"} if "embeddings" in path else {"texts": ["a"]}
-    method = "GET" if path in {"/health/", "/info/", "/v1/models/"} else "POST"
-    assert (await client.http.request(method, path, json=body)).status_code == 200
+    assert (await client.http.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("embed", "texts"),
+        ("embed", "inputs"),
+        ("", "inputs"),
+        ("embeddings", "input"),
+        ("v1/embeddings", "input"),
+        ("tokenize", "inputs"),
+        ("vectors", "text"),
+    ],
+)
+async def test_nor_does_one_after_a_path_that_takes_texts(client: Client, path: str, field: str) -> None:
+    body = {field: "a" if field == "text" else ["a"]}
+    for url in (f"/{path}", f"/{path}/"):
+        assert (await client.http.post(url, json=body)).status_code == 200
 
 
 @pytest.mark.parametrize("authorization", [None, "", "Bearer ", "Bearer fake", "Basic eDp5", "nonsense"])
@@ -329,14 +351,26 @@ async def test_the_openapi_document_has_every_route(client: Client) -> None:
     assert gets | {"/cache/clear", *POSTS} <= set(paths)
 
 
-@pytest.mark.parametrize(("path", "error"), [("/embed", "error_type"), ("/v1/embeddings", "error")])
-async def test_the_openapi_document_has_the_shape_of_every_refusal(client: Client, path: str, error: str) -> None:
+def refusals(document: Any, path: str) -> dict[str, Any]:
+    """Status -> schema of `error`, of all methods of a path."""
+    found = {}
+    for operation in document["paths"][path].values():
+        for status, response in operation["responses"].items():
+            if status >= "400" and "content" in response:
+                schema = response["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+                found[status] = document["components"]["schemas"][schema]["properties"]["error"]
+    return found
+
+
+async def test_the_openapi_document_has_the_refusals_of_every_route_in_its_dialects_shape(client: Client) -> None:
     document = (await client.http.get("/openapi.json")).json()
-    responses = document["paths"][path]["post"]["responses"]
-    assert {"200", "400", "401", "403", "404", "413", "429", "500", "503", "504"} <= set(responses)
-    for status in set(responses) - {"200"}:
-        schema = responses[status]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-        assert error in document["components"]["schemas"][schema]["properties"]
+    for path in document["paths"]:
+        told = refusals(document, path)
+        assert ("401" in told) == (path != "/livez")
+        kind = "$ref" if path.startswith("/v1/") or path == "/embeddings" else "type"
+        assert not [status for status, error in told.items() if kind not in error]
+        if path in POSTS:
+            assert {"400", "401", "403", "404", "413", "429", "503", "504"} <= set(told)
 
 
 @pytest.mark.parametrize("path", POSTS)

@@ -106,6 +106,7 @@ class FakeBackend:
     grid = Grid()
     in_calling_thread = True
     max_tokens = MAX_TOKENS
+    pooling = "mean"
     default_prompt_name = None
     self_test: float | None = None
 

@@ -77,6 +77,7 @@ def test_a_loaded_model_is_warm_and_knows_its_dimension() -> None:
     backend = FakeBackend()
     card = loading.load_with(loader(backend), HUB, OPTIONS, BOUNDS).card
     assert (card.id, card.dimension, card.max_tokens, card.prompts) == ("some/model", 4, MAX_TOKENS, {"query": "ask "})
+    assert card.pooling == "mean"
     assert len(backend.model.slices) >= 3
 
 

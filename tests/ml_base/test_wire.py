@@ -139,6 +139,13 @@ def test_a_broken_card_is_a_wire_error(text: str) -> None:
         ModelCard.from_json(text)
 
 
+def test_a_card_of_another_release_is_read_by_what_both_know() -> None:
+    fields = json.loads(CARD.to_json())
+    older = {name: value for name, value in fields.items() if name != "pooling"}
+    for card in (older, fields | {"of_a_later_release": 1}):
+        assert ModelCard.from_json(json.dumps(card)) == CARD
+
+
 def test_a_prompt_is_found_by_name_and_an_unknown_name_lists_the_known() -> None:
     assert CARD.prompt(None) == ""
     assert CARD.prompt("query") == "ask: "

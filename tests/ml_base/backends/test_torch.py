@@ -72,6 +72,12 @@ def assert_equal(left: NDArray[np.float32], right: NDArray[np.float32]) -> None:
     assert np.allclose(left, right, atol=1e-5)
 
 
+def test_pooling_is_named_as_the_model_has_it(backend: TorchBackend) -> None:
+    several: Any = fresh()
+    several[1].pooling_mode = ("cls", "max")
+    assert (backend.pooling, TorchBackend(several).pooling) == ("mean", "cls+max")
+
+
 def test_a_batch_of_all_sorts_of_texts_equals_encode(backend: TorchBackend, reference: SentenceTransformer) -> None:
     assert_equal(embed(backend, TEXTS), reference.encode(TEXTS))
 
