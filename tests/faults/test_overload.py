@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -54,15 +55,15 @@ def memory_mb(stack: LocalStack) -> float:
     return sum(map(resident_mb, pids))
 
 
-@pytest.fixture(scope="module")
-def peak(real_stack: LocalStack) -> float:
+def peak_texts_per_s(stack: LocalStack) -> float:
     """Texts answered in a second under the load that saturates."""
-    with Load(real_stack.url, callers=SATURATING_CALLERS, make=jobs()) as load:
+    with Load(stack.url, callers=SATURATING_CALLERS, make=jobs()) as load:
         time.sleep(PEAK_S)
     return texts_per_s(load)
 
 
-def test_ten_times_the_load_that_saturates(stack: LocalStack, peak: float, figures: Callable[..., None]) -> None:
+def test_ten_times_the_load_that_saturates(stack: LocalStack, figures: Callable[..., None]) -> None:
+    peaks = [peak_texts_per_s(stack)]  # before and after: a machine that others use too changes its pace meanwhile
     with (
         Load(stack.url, callers=1, every_s=QUERY_EVERY_S) as query,
         Load(stack.url, callers=TIMES * SATURATING_CALLERS, make=jobs()) as load,
@@ -71,11 +72,12 @@ def test_ten_times_the_load_that_saturates(stack: LocalStack, peak: float, figur
         before_mb = memory_mb(stack)
         time.sleep(OVERLOAD_S / 2)
         grown_mb = memory_mb(stack) - before_mb
-    goodput = texts_per_s(load) / peak
+    peaks.append(peak_texts_per_s(stack))
+    goodput = texts_per_s(load) / mean(peaks)
     p99_ms = percentile_ms(query.samples, 99)
     figures(
         f"{TIMES} times the load that saturates",
-        peak=f"{peak:.0f} texts/s",
+        peak=f"{mean(peaks):.0f} texts/s",
         goodput=f"{100 * goodput:.0f} %",
         replies=dict(load.statuses),
         memory=f"{grown_mb:+.0f} MB",
@@ -89,14 +91,14 @@ def test_ten_times_the_load_that_saturates(stack: LocalStack, peak: float, figur
     assert p99_ms <= QUERY_P99_MS
 
 
-def test_ten_times_the_load_of_callers_who_cannot_wait(
-    stack: LocalStack, peak: float, figures: Callable[..., None]
-) -> None:
+def test_ten_times_the_load_of_callers_who_cannot_wait(stack: LocalStack, figures: Callable[..., None]) -> None:
     """A queue in order gives the replicas' time to those who are about to leave: goodput was half of the peak."""
     hurry = {"x-request-timeout-ms": str(HURRY_MS)}
+    peaks = [peak_texts_per_s(stack)]
     with Load(stack.url, callers=TIMES * SATURATING_CALLERS, make=jobs(), headers=hurry) as load:
         time.sleep(OVERLOAD_S)
-    goodput = texts_per_s(load) / peak
+    peaks.append(peak_texts_per_s(stack))
+    goodput = texts_per_s(load) / mean(peaks)
     figures(f"the same, {HURRY_MS} ms each", goodput=f"{100 * goodput:.0f} %", replies=dict(load.statuses))
     assert set(load.statuses) <= {200, 429, 503, 504}
     assert goodput >= HURRIED_GOODPUT
