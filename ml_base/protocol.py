@@ -113,7 +113,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
         False: nothing has been written, and the reply has to go message by message, which knows how to wait.
         """
-        if cycle.disconnected:
+        if cycle.disconnected or self.transport.is_closing():
             return True
         if cycle.response_started or cycle.more_body or self.flow.write_paused:
             return False
@@ -150,7 +150,13 @@ class LimitedProtocol(HttpToolsProtocol):
         ready = cls._ready[:]
         cls._ready.clear()
         for transport, reply in ready:
-            transport.write(reply)
+            if transport.is_closing():
+                continue  # its caller has gone; uvloop would raise
+            try:
+                transport.write(reply)
+            except Exception:  # whatever it is, it must not take the others' replies along
+                log.exception("a reply cannot be written")
+                transport.abort()
 
     def shutdown(self) -> None:
         self._write_ready()  # before the connection is closed as an idle one

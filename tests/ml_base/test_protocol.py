@@ -241,3 +241,30 @@ async def test_what_follows_a_request_and_is_no_http_does_not_overtake_its_reply
     raw = await caller.raw()
     assert raw.startswith(b"HTTP/1.1 200"), raw
     assert raw.index(b"hello") < raw.index(b"HTTP/1.1 400")
+
+
+class Transport:
+    def __init__(self, *, closing: bool = False) -> None:
+        self.closing = closing
+        self.written = b""
+        self.aborted = False
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def write(self, reply: bytes) -> None:
+        if self.closing or reply == b"poison":
+            raise RuntimeError("unable to perform operation; the handler is closed")  # as uvloop's does
+        self.written += reply
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def test_a_caller_that_has_gone_takes_no_others_reply_along() -> None:
+    http = LimitedProtocol.with_limits(LIMITS)
+    gone, broken, waiting = Transport(closing=True), Transport(), Transport()
+    replies: list[tuple[Any, bytes]] = [(gone, b"one"), (broken, b"poison"), (waiting, b"three")]
+    http._ready.extend(replies)
+    http._write_ready()
+    assert (waiting.written, broken.aborted, http._ready) == (b"three", True, [])
