@@ -71,10 +71,7 @@ class Renderer:
                 yield [entry.ready or self._render(entry) for entry in chunk]
 
     def _render(self, entry: Entry) -> bytes:
-        row = orjson.dumps(
-            np.frombuffer(entry.vector if entry.unit else unit_vector(entry), _FLOATS),
-            option=orjson.OPT_SERIALIZE_NUMPY,
-        )
+        row = orjson.dumps(np.frombuffer(unit_vector(entry), _FLOATS), option=orjson.OPT_SERIALIZE_NUMPY)
         self._made += 1
         if self._made % KEEP_ONE_IN == 0:
             self._keep(entry, row)

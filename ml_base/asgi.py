@@ -263,8 +263,9 @@ class _Sender:
         self.status = 499  # what the log of a proxy calls a caller that hung up before the reply
         self._send = send
         self._draining = draining
-        extensions = scope.get("extensions")
-        self._write: WriteWhole | None = extensions[WHOLE]["write"] if extensions and WHOLE in extensions else None
+        # taken out: it leads back to the scope, and a ring of objects for each request would wait for the collector
+        whole = scope.get("extensions", {}).pop(WHOLE, None)
+        self._write: WriteWhole | None = None if whole is None else whole["write"]
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":

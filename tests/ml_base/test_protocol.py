@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import re
 import socket
+import weakref
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -268,3 +270,15 @@ def test_a_caller_that_has_gone_takes_no_others_reply_along() -> None:
     http._ready.extend(replies)
     http._write_ready()
     assert (waiting.written, broken.aborted, http._ready) == (b"three", True, [])
+
+
+async def test_a_request_that_is_over_leaves_nothing_to_the_collector(server: Server) -> None:
+    caller = await server.connect(HEAD + b"hello")
+    (connection,) = server.state.connections
+    over = weakref.ref(connection.cycle)  # type: ignore[union-attr, arg-type]
+    gc.disable()
+    try:
+        await caller.send(HEAD + b"again")
+        assert over() is None
+    finally:
+        gc.enable()
