@@ -26,6 +26,7 @@ from embedding_service.fill import Fill, Landed
 from embedding_service.lru import LRU
 from embedding_service.metrics import VERSION
 from embedding_service.redis_cache import NoCache, RedisCache
+from embedding_service.replicas import Replicas
 from embedding_service.service import Service
 from embedding_service.singleflight import Flights
 from embedding_service.upstream import Miss, Upstream
@@ -53,17 +54,17 @@ def build_service(settings: Settings, metrics: Metrics) -> Service:
         }
     )
     balancer = Balancer(settings.ml_base_url)
+    replicas = Replicas(balancer=balancer, timeout_s=settings.ml_base_timeout_s, metrics=metrics)
     upstream = Upstream(
-        balancer=balancer,
-        timeout_s=settings.ml_base_timeout_s,
+        replicas=replicas,
         piece_bytes=settings.piece_bytes,
         calls={Lane.INTERACTIVE: settings.interactive_calls, Lane.BULK: settings.bulk_calls},
         admission=admission,
         metrics=metrics,
     )
     catalog = Catalog(
-        fetch=upstream.fetch_models,
-        probe=upstream.probe,
+        fetch=replicas.models,
+        probe=replicas.probe,
         recall=store.recall,
         remember=store.remember,
         aliases=settings.aliases(),
@@ -96,7 +97,9 @@ def build_service(settings: Settings, metrics: Metrics) -> Service:
         metrics=metrics,
         drift=drift,
     )
-    return Service(settings, metrics, l1, flights, store, admission, balancer, upstream, catalog, fill, embedder, drift)
+    return Service(
+        settings, metrics, l1, flights, store, admission, balancer, replicas, upstream, catalog, fill, embedder, drift
+    )
 
 
 def create_app(service: Service, *, started: Callable[[], None] | None = None) -> asgi.Edge:
@@ -171,7 +174,7 @@ def _dialects(service: Service) -> Dialects:
         serving,
         native=NativeDialect(serving, edition=settings.edition),
         openai=OpenAIDialect(serving, max_inputs=settings.openai_max_inputs, accept_empty=accept_empty),
-        tei=TeiDialect(serving, catalog=service.catalog, upstream=service.upstream, accept_empty=accept_empty),
+        tei=TeiDialect(serving, catalog=service.catalog, replicas=service.replicas, accept_empty=accept_empty),
         weaviate=WeaviateDialect(serving),
     )
 

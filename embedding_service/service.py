@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from embedding_service.lru import LRU
     from embedding_service.metrics import Metrics
     from embedding_service.redis_cache import RedisCache
+    from embedding_service.replicas import Replicas
     from embedding_service.singleflight import Flights
     from embedding_service.upstream import Miss, Upstream
 
@@ -44,6 +45,7 @@ class Service:
     store: RedisCache
     admission: Admission
     balancer: Balancer
+    replicas: Replicas
     upstream: Upstream
     catalog: Catalog
     fill: Fill
@@ -63,7 +65,7 @@ class Service:
         }
         gauge("l2_connected", "1 while Redis is in use.", lambda: self.store.connected)
         gauge("replicas_reachable", "1 while a replica answers.", lambda: self.catalog.reachable)
-        gauge("replicas_ejected", "Replicas that answered nonsense, tried rarely.", lambda: self.upstream.ejected)
+        gauge("replicas_ejected", "Replicas that answered nonsense, tried rarely.", lambda: self.replicas.ejected)
         gauge("flights", "Texts on their way from L2 or a replica.", lambda: len(self.flights))
         for lane in Lane:
             gauge(

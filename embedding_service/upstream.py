@@ -6,65 +6,35 @@ HAProxy balances requests by number and only pieces of like work make that fair.
 
 The gateway alone repeats sent work (HAProxy repeats only connections that failed): once, within a retry budget, so
 that an outage is never multiplied. A dead replica refuses the next connection, so the repetition lands elsewhere. One
-that answers what cannot be used is named by its reply: the repetition goes to another, by name, and `Ejections` counts.
+that has answered what cannot be used is avoided by name.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-import orjson
-
-from embedding_service.balancer import REPLICA_HEADER, Broken
-from embedding_service.ejection import Ejections
-from embedding_service.errors import (
-    DeadlineExceeded,
-    InferenceFailed,
-    InvalidRequest,
-    Overloaded,
-    Problem,
-    StartOver,
-    Unavailable,
-    UnknownModel,
-)
+from embedding_service.balancer import Broken
+from embedding_service.errors import DeadlineExceeded, InferenceFailed, Overloaded, Problem, StartOver, Unavailable
 from embedding_service.singleflight import NEVER, Flight, State
-from ml_base.wire import (
-    BINARY_TYPE,
-    PRIORITY_HEADER,
-    REQUEST_ID_HEADER,
-    TIMEOUT_HEADER,
-    Embedded,
-    Lane,
-    ModelList,
-    Tokenized,
-    WireError,
-)
+from ml_base.wire import TIMEOUT_HEADER, Lane
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any, Self
 
     from embedding_service.admission import Admission
-    from embedding_service.balancer import Balancer
     from embedding_service.entry import KeySpace
     from embedding_service.metrics import Metrics
-    from ml_base.wire import ModelCard
-
-T = TypeVar("T")
+    from embedding_service.replicas import Replicas
+    from ml_base.wire import Embedded
 
 log = logging.getLogger(__name__)
 
-EMBED = "/embed"
-MODELS_TIMEOUT_S = 2.0
-ASIDE_ID = "gateway-check"  # what a replica's log calls a text that no client asked for
-PROBE_TEXT = "probe"  # computed to learn a model's card, and thrown away
 MAX_TEXTS_IN_PIECE = 256  # many tiny texts: bounded by count, since each also costs the replica a row
 RETRY_BUDGET = 10.0  # repetitions that may be saved up
 RETRY_PAUSE_S = 0.1
@@ -120,8 +90,7 @@ class Upstream:
     def __init__(
         self,
         *,
-        balancer: Balancer,
-        timeout_s: float,
+        replicas: Replicas,
         piece_bytes: int,
         calls: Mapping[Lane, int],
         admission: Admission,
@@ -129,26 +98,19 @@ class Upstream:
         retry_pause_s: float = RETRY_PAUSE_S,
     ) -> None:
         self.on_reply: Callable[[Sequence[Any], Embedded | Exception], None] = _nobody
-        self._balancer = balancer
-        self._timeout_s = timeout_s
+        self._replicas = replicas
         self._piece_bytes = piece_bytes
         self._lanes = {lane: _LaneState(lane, calls[lane]) for lane in Lane}
         self._admission = admission
         self._metrics = metrics
         self._retry_pause_s = retry_pause_s
         self._budget = RETRY_BUDGET
-        self._ejections = Ejections()
         self._tasks: dict[asyncio.Task[None], list[MissFlight]] = {}
         self._closed = False
 
     def __repr__(self) -> str:
         lanes = ", ".join(f"{s.lane}: {s.calls} calls, {len(s.queue)} queued" for s in self._lanes.values())
         return f"<Upstream {lanes}>"
-
-    @property
-    def ejected(self) -> int:
-        """How many replicas get no calls but tries, as what they answered could not be used."""
-        return len(self._ejections)
 
     async def __aenter__(self) -> Self:
         return self
@@ -254,7 +216,7 @@ class Upstream:
         """One piece, repeated at most once on another replica. Raises `Problem` or `StartOver`."""
         now = time.monotonic()
         latest = max(flight.deadline for flight in piece)
-        give_up_at = min(now + self._timeout_s, latest)
+        give_up_at = min(now + self._replicas.timeout_s, latest)
         self._metrics.upstream_texts.inc(len(piece))
         self._budget = min(RETRY_BUDGET, self._budget + RETRY_EARNED)
         try:
@@ -271,7 +233,7 @@ class Upstream:
                 except Broken as again:
                     raise again.problem from None
                 if first.replica is not None and first.in_doubt:
-                    self._count_unusable(first.replica)
+                    self._replicas.blame(first.replica)
                 return embedded
         except TimeoutError:
             late = DeadlineExceeded(
@@ -298,127 +260,21 @@ class Upstream:
         avoid: str | None = None,
         may_try: bool = False,
     ) -> Embedded:
-        space = piece[0].payload.space
-        body = _body(space, [flight.payload.text for flight in piece])
-        headers = {
-            "accept": BINARY_TYPE,
-            "content-type": "application/json",
-            PRIORITY_HEADER: lane.value,
-            TIMEOUT_HEADER: str(max(1, int((give_up_at - time.monotonic()) * 1000))),
-            REQUEST_ID_HEADER: _joined_ids(piece),
-        }
-        read = partial(Embedded.from_bytes, texts=len(piece))
-        return await self._ask(EMBED, body, headers, read, avoid=avoid, may_try=may_try)
-
-    async def _ask(
-        self,
-        path: str,
-        body: Mapping[str, object] | None,
-        headers: dict[str, str],
-        read: Callable[[bytes], T],
-        *,
-        avoid: str | None = None,
-        may_try: bool = False,
-    ) -> T:
-        """One request, a GET without a body. Raises `Problem`, or `Broken` where another replica may do better.
-
-        A replica is judged by what it computes: one that only lists models well is no good.
-        """
-        named = self._ejections.choose(avoid=avoid, may_try=may_try)
-        if named is not None:
-            headers[REPLICA_HEADER] = named
-        try:
-            replica, result = await self._send(path, body, headers, read)
-        except Broken as broken:
-            if path == EMBED and broken.replica is not None and not broken.in_doubt:
-                self._count_unusable(broken.replica)
-            raise
-        finally:
-            if named is not None:
-                self._ejections.done(named)
-        if path == EMBED and replica is not None:
-            self._ejections.usable(replica)
-        return result
-
-    async def _send(
-        self,
-        path: str,
-        body: Mapping[str, object] | None,
-        headers: Mapping[str, str],
-        read: Callable[[bytes], T],
-    ) -> tuple[str | None, T]:
-        """Who answered, and what. Raises `Problem` or `Broken`."""
-        raw = None if body is None else orjson.dumps(body)
-        status, reply_headers, reply = await self._balancer.request("POST" if raw else "GET", path, raw, headers)
-        replica = reply_headers.get(REPLICA_HEADER)
-        named = headers.get(REPLICA_HEADER)
-        if named is not None and replica not in (named, None):
-            self._ejections.forget(named)
-        if status != 200:  # noqa: PLR2004
-            problem = _problem_of(status, reply_headers, reply)
-            if isinstance(problem, InferenceFailed) and replica and self._ejections.has_good_besides(replica):
-                raise Broken(problem, replica, in_doubt=True)
-            raise problem
-        try:
-            return replica, read(reply)
-        except WireError as nonsense:
-            # no trace: it says no more
-            log.error("replica %s broke the contract of %s: %s", replica, path, nonsense)  # noqa: TRY400
-            raise Broken(InferenceFailed("a replica sent an unusable reply"), replica) from None
-
-    def _count_unusable(self, replica: str) -> None:
-        self._metrics.unusable_replies.inc()
-        self._ejections.unusable(replica)
-
-    async def fetch_models(self) -> ModelList:
-        """Which models there are, by the replica that happens to be asked. Raises `Problem`."""
-        return await self._exchange("/models", None, {}, MODELS_TIMEOUT_S, ModelList.from_json)
-
-    async def probe(self, model_id: str) -> ModelCard:
-        """The card of a model, which its replica loads for it if need be. Raises `Problem`."""
-        headers = {"accept": BINARY_TYPE, PRIORITY_HEADER: Lane.INTERACTIVE.value}
-        body = {"texts": [PROBE_TEXT], "model_id": model_id}
-        read = partial(Embedded.from_bytes, texts=1)
-        return (await self._exchange(EMBED, body, headers, self._timeout_s, read)).card
+        return await self._replicas.embed(
+            piece[0].payload.space,
+            [flight.payload.text for flight in piece],
+            lane=lane,
+            request_id=_joined_ids(piece),
+            within_s=give_up_at - time.monotonic(),
+            avoid=avoid,
+            may_try=may_try,
+        )
 
     async def compute_aside(self, space: KeySpace, text: str) -> Embedded:
         """One text that nobody waits for: a job, which goes to no replica while other jobs wait. Raises `Problem`."""
         if self._lanes[Lane.BULK].queue:
             raise Overloaded("the bulk lane has work waiting")
-        headers = {"accept": BINARY_TYPE, PRIORITY_HEADER: Lane.BULK.value, REQUEST_ID_HEADER: ASIDE_ID}
-        read = partial(Embedded.from_bytes, texts=1)
-        return await self._exchange(EMBED, _body(space, [text]), headers, self._timeout_s, read)
-
-    async def tokenize(self, body: Mapping[str, object], request_id: str) -> Tokenized:
-        """The replicas' `POST /tokenize`. Raises `Problem`."""
-        headers = {REQUEST_ID_HEADER: request_id}
-        return await self._exchange("/tokenize", body, headers, self._timeout_s, Tokenized.from_json)
-
-    async def _exchange(
-        self,
-        path: str,
-        body: Mapping[str, object] | None,
-        headers: dict[str, str],
-        timeout_s: float,
-        read: Callable[[bytes], T],
-    ) -> T:
-        """One request beside the lanes, never repeated. Raises `Problem`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._ask(path, body, headers, read)
-        except Broken as failed:
-            raise failed.problem from None
-        except TimeoutError:
-            raise Unavailable(f"no replica answered {path} within {timeout_s:g} s", retry_after_s=1) from None
-
-
-def _body(space: KeySpace, texts: list[str]) -> dict[str, object]:
-    return {
-        "texts": texts,
-        "model_id": space.model_id,
-        "prompt_name": space.prompt_name,
-        "truncation_direction": space.direction,
-    }
+        return await self._replicas.embed_aside(space, text)
 
 
 def _shutting_down() -> Unavailable:
@@ -427,33 +283,6 @@ def _shutting_down() -> Unavailable:
 
 def _nobody(flights: Sequence[Any], result: Embedded | Exception) -> None:
     raise RuntimeError(f"{len(flights)} flights came back to nobody: {result!r}")
-
-
-def _problem_of(status: int, headers: Mapping[str, str], reply: bytes) -> Exception:
-    """What a reply other than 200 means for the flights: a problem, or one worth another replica."""
-    message = f"HTTP {status}"
-    detail: dict[str, Any] = {}
-    with contextlib.suppress(ValueError, TypeError):
-        detail = dict(orjson.loads(reply))
-        message = str(detail.get("error", message))
-    retry_after_s = 1.0
-    with contextlib.suppress(ValueError):
-        retry_after_s = float(headers.get("retry-after", "1"))
-    match status:
-        case 429:
-            return Overloaded(f"the replicas are full: {message}", retry_after_s=retry_after_s)
-        case 502 | 503:
-            return Broken(Unavailable(f"no replica could answer: {message}", retry_after_s=retry_after_s))
-        case 504:
-            return DeadlineExceeded(f"a replica ran out of time: {message}")
-        case 404 if detail.get("field") == "model_id":
-            return UnknownModel(message, field="model_id", limit=detail.get("limit"), value=detail.get("value"))
-        case 400 | 404 | 413 | 422:
-            return InvalidRequest(
-                message, field=detail.get("field"), limit=detail.get("limit"), value=detail.get("value")
-            )
-        case _:
-            return InferenceFailed(f"a replica failed: {message}")
 
 
 def _joined_ids(piece: list[MissFlight]) -> str:

@@ -23,6 +23,7 @@ from embedding_service.errors import Unavailable
 from embedding_service.fill import Fill, Landed
 from embedding_service.lru import LRU
 from embedding_service.metrics import Metrics
+from embedding_service.replicas import Replicas
 from embedding_service.singleflight import Flights
 from embedding_service.upstream import Miss, Upstream
 from ml_base.wire import Embedded, Lane, ModelCard
@@ -211,9 +212,13 @@ class Gateway:
         self.store = FakeStore(clock)
         self.l1 = LRU[Entry](max_entries=l1_entries, clock=clock)
         self.admission = Admission(max_pending_bytes=dict.fromkeys(Lane, max_pending_bytes))
-        self.upstream = Upstream(
+        self.replicas = Replicas(
             balancer=self.balancer,  # type: ignore[arg-type]  # one method is all that is used
             timeout_s=upstream_timeout_s,
+            metrics=self.metrics,
+        )
+        self.upstream = Upstream(
+            replicas=self.replicas,
             piece_bytes=piece_bytes,
             calls=dict.fromkeys(Lane, calls),
             admission=self.admission,
@@ -221,8 +226,8 @@ class Gateway:
             retry_pause_s=0,
         )
         self.catalog = Catalog(
-            fetch=self.upstream.fetch_models,
-            probe=self.upstream.probe,
+            fetch=self.replicas.models,
+            probe=self.replicas.probe,
             recall=self.store.recall,
             remember=self.store.remember,
             aliases={"alias": "model", "text-embedding-3-small": "", "lost": "gone"},

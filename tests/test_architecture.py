@@ -35,7 +35,7 @@ ARROWS = {
     "embedding_service.app": f"* {CONTRACT} ml_base.keys",
     "embedding_service.service": f"* {CONTRACT}",
     "embedding_service.api": (
-        f"api ask catalog cl100k config embedder errors metrics service singleflight upstream vectors {CONTRACT}"
+        f"api ask catalog cl100k config embedder errors metrics replicas service singleflight vectors {CONTRACT}"
     ),
     "embedding_service.cl100k": "errors",
     "embedding_service.embedder": (
@@ -52,7 +52,8 @@ ARROWS = {
     "embedding_service.redis_cache": "entry metrics ml_base.wire",
     "embedding_service.balancer": "errors",
     "embedding_service.ejection": "",
-    "embedding_service.upstream": "admission balancer ejection entry errors metrics singleflight ml_base.wire",
+    "embedding_service.replicas": "balancer ejection entry errors metrics ml_base.wire",
+    "embedding_service.upstream": "admission balancer entry errors metrics replicas singleflight ml_base.wire",
     "embedding_service.errors": "ml_base.errors",
     "embedding_service.metrics": "board",
     "embedding_service.board": "",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from embedding_service.api.serving import Exchange, Serving
     from embedding_service.ask import Answer
     from embedding_service.catalog import Catalog
-    from embedding_service.upstream import Upstream
+    from embedding_service.replicas import Replicas
     from ml_base.wire import TokenizedText
 
 _WORDS = {"texts": "inputs"}
@@ -71,10 +71,10 @@ def error_body(problem: Problem, request_id: str) -> tuple[int, bytes]:
 class TeiDialect:
     """Answers as TEI does: a bare list of vectors, also for one text."""
 
-    def __init__(self, serving: Serving, *, catalog: Catalog, upstream: Upstream, accept_empty: bool) -> None:
+    def __init__(self, serving: Serving, *, catalog: Catalog, replicas: Replicas, accept_empty: bool) -> None:
         self._serving = serving
         self._catalog = catalog
-        self._upstream = upstream
+        self._replicas = replicas
         self._accept_empty = accept_empty
 
     async def embed(self, exchange: Exchange) -> None:
@@ -97,7 +97,7 @@ class TeiDialect:
             "prompt_name": request.prompt_name,
             "add_special_tokens": request.add_special_tokens is not False,
         }
-        tokenized = await self._upstream.tokenize(body, exchange.scope["state"]["request_id"])
+        tokenized = await self._replicas.tokenize(body, exchange.scope["state"]["request_id"])
         if len(tokenized.texts) != len(texts):
             raise InferenceFailed(f"a replica tokenized {len(tokenized.texts)} texts of {len(texts)}")
         reply = [_tokens(prompt + text, item) for text, item in zip(texts, tokenized.texts, strict=True)]

@@ -31,6 +31,7 @@ class Client:
             g.store,
             g.admission,
             g.balancer,
+            g.replicas,
             g.upstream,
             g.catalog,
             g.fill,

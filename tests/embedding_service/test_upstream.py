@@ -136,7 +136,7 @@ async def test_what_one_replica_spoils_another_is_named_for(badly: Callable[[Cal
         answer_as(gateway.balancer.waiting[0], "good")
         await task
     assert gateway.metrics.unusable_replies.own == EJECT_AFTER
-    assert gateway.upstream.ejected == 1
+    assert gateway.replicas.ejected == 1
     await start(gateway, "later")
     assert gateway.balancer.waiting[0].headers[REPLICA_HEADER] == "good"
     await gateway.close()
@@ -159,7 +159,7 @@ async def test_a_text_that_every_replica_fails_at_ejects_none() -> None:
             await settle()
         with pytest.raises(InferenceFailed):
             await task
-    assert gateway.upstream.ejected == 0
+    assert gateway.replicas.ejected == 0
     await gateway.close()
 
 
@@ -173,7 +173,7 @@ async def test_a_refusal_is_no_bad_answer(status: int) -> None:
             gateway.balancer.waiting[0].send(status, b"{}", {REPLICA_HEADER: "a"})
             await settle()
         assert isinstance(task.exception(), Problem)
-    assert (gateway.upstream.ejected, gateway.metrics.unusable_replies.own) == (0, 0)
+    assert (gateway.replicas.ejected, gateway.metrics.unusable_replies.own) == (0, 0)
     await gateway.close()
 
 
@@ -181,10 +181,10 @@ async def test_a_replica_that_lists_models_well_but_computes_nonsense_stays_ejec
     gateway = Gateway()
     await known(gateway, "liar", "good")
     for _ in range(EJECT_AFTER):
-        gateway.upstream._ejections.unusable("liar")
+        gateway.replicas._ejections.unusable("liar")
     gateway.balancer.list_headers = {REPLICA_HEADER: "liar"}
-    await gateway.upstream.fetch_models()
-    assert gateway.upstream.ejected == 1
+    await gateway.replicas.models()
+    assert gateway.replicas.ejected == 1
     await gateway.close()
 
 
@@ -274,11 +274,11 @@ async def test_an_unusable_list_of_models_is_as_good_as_none(listed: bytes) -> N
     gateway = Gateway()
     gateway.balancer.listed = listed
     with pytest.raises(InferenceFailed):
-        await gateway.upstream.fetch_models()
+        await gateway.replicas.models()
 
 
 async def test_a_model_the_replicas_do_not_have_is_unknown() -> None:
     gateway = Gateway()
     gateway.balancer.fails_with = (404, b'{"error": "model_id: gone", "field": "model_id"}')
     with pytest.raises(UnknownModel, match="gone"):
-        await gateway.upstream.probe("gone")
+        await gateway.replicas.probe("gone")
