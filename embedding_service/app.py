@@ -58,6 +58,8 @@ def build_service(settings: Settings, metrics: Metrics) -> Service:
     upstream = Upstream(
         replicas=replicas,
         piece_bytes=settings.piece_bytes,
+        max_texts=settings.max_texts,
+        max_body_bytes=settings.max_body_bytes,
         calls={Lane.INTERACTIVE: settings.interactive_calls, Lane.BULK: settings.bulk_calls},
         admission=admission,
         metrics=metrics,

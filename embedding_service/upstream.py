@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_TEXTS_IN_PIECE = 256  # many tiny texts: bounded by count, since each also costs the replica a row
+BODY_BYTES_OF_A_BYTE = 8  # a control character is six bytes of JSON, and a piece has a frame
 RETRY_BUDGET = 10.0  # repetitions that may be saved up
 RETRY_PAUSE_S = 0.1
 """A killed process may close its connections some milliseconds before its listening socket (measured: up to 3 ms). A
@@ -92,6 +93,8 @@ class Upstream:
         *,
         replicas: Replicas,
         piece_bytes: int,
+        max_texts: int,
+        max_body_bytes: int,
         calls: Mapping[Lane, int],
         admission: Admission,
         metrics: Metrics,
@@ -99,7 +102,9 @@ class Upstream:
     ) -> None:
         self.on_reply: Callable[[Sequence[Any], Embedded | Exception], None] = _nobody
         self._replicas = replicas
-        self._piece_bytes = piece_bytes
+        # replicas are told the limits of one request too, and would refuse several that left together
+        self._piece_bytes = min(piece_bytes, max_body_bytes // BODY_BYTES_OF_A_BYTE)
+        self._piece_texts = min(max_texts, MAX_TEXTS_IN_PIECE)
         self._lanes = {lane: _LaneState(lane, calls[lane]) for lane in Lane}
         self._admission = admission
         self._metrics = metrics
@@ -162,7 +167,7 @@ class Upstream:
         late: list[MissFlight] = []
         work = 0
         now = time.monotonic()
-        while state.queue and len(piece) < MAX_TEXTS_IN_PIECE:
+        while state.queue and len(piece) < self._piece_texts:
             flight = state.queue[0]
             if flight.state is State.QUEUED and state.too_late(flight, now):
                 late.append(flight)

@@ -202,6 +202,8 @@ class Gateway:
         l1_entries: int = 100,
         calls: int = 2,
         piece_bytes: int = 64,
+        max_texts: int = 8192,
+        max_body_bytes: int = 1 << 20,
         max_pending_bytes: int = 10_000,
         upstream_timeout_s: float = 30,
     ) -> None:
@@ -220,6 +222,8 @@ class Gateway:
         self.upstream = Upstream(
             replicas=self.replicas,
             piece_bytes=piece_bytes,
+            max_texts=max_texts,
+            max_body_bytes=max_body_bytes,
             calls=dict.fromkeys(Lane, calls),
             admission=self.admission,
             metrics=self.metrics,

@@ -72,6 +72,28 @@ async def test_a_list_is_cut_into_pieces_of_like_work() -> None:
     await gateway.close()
 
 
+async def test_texts_that_leave_together_are_no_more_than_one_request_may_have() -> None:
+    gateway = Gateway(calls=1, max_texts=2)
+    tasks = [await start(gateway, text) for text in "abcd"]
+    gateway.balancer.waiting[0].answer()
+    await settle()
+    assert gateway.balancer.waiting[0].texts == ["b", "c"]
+    await answer_all(gateway)
+    await asyncio.gather(*tasks)
+    await gateway.close()
+
+
+async def test_texts_that_leave_together_fit_into_the_body_of_one_request() -> None:
+    gateway = Gateway(calls=1, piece_bytes=4096, max_body_bytes=1024)
+    tasks = [await start(gateway, letter * 60) for letter in "abcde"]
+    gateway.balancer.waiting[0].answer()
+    await settle()
+    assert [text[0] for text in gateway.balancer.waiting[0].texts] == ["b", "c"]
+    await answer_all(gateway)
+    await asyncio.gather(*tasks)
+    await gateway.close()
+
+
 async def test_a_busy_bulk_lane_does_not_hold_up_a_person() -> None:
     gateway = Gateway(calls=1)
     await start(gateway, "job")
