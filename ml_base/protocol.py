@@ -91,6 +91,10 @@ class LimitedProtocol(HttpToolsProtocol):
         super().data_received(data)
         cycle = self.cycle
         in_head = cycle is None or cycle.scope is not self.scope
+        earlier_bytes = self._wire_bytes if self._wire_scope is self.scope else 0
+        if earlier_bytes + len(data) > self.limits.head_bytes and not in_head and self._head_is_too_long():
+            self._refuse_head()  # one read may be larger than a head, and bring it whole
+            return
         if cycle is not None and not in_head and not cycle.more_body:
             self._wire_bytes = 0
             return
@@ -99,7 +103,7 @@ class LimitedProtocol(HttpToolsProtocol):
         else:  # what was read along may belong to the request before it
             self._wire_scope, self._wire_bytes = self.scope, min(len(data), self.limits.head_bytes)
         if in_head and self._wire_bytes > self.limits.head_bytes:
-            self._refuse(431, f"headers: at most {self.limits.head_bytes} bytes, got more", "Validation")
+            self._refuse_head()
         elif self._wire_bytes > self.limits.request_bytes:
             self._refuse(413, f"request: at most {self.limits.request_bytes} bytes, got more", "Validation")
 
@@ -212,6 +216,14 @@ class LimitedProtocol(HttpToolsProtocol):
                 self.transport.close()
             cycle.scope["state"][LATE] = limits.body_s
             cycle.message_event.set()  # wakes whoever awaits the next part
+
+    def _head_is_too_long(self) -> bool:
+        scope = self.scope
+        fields_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
+        return len(scope["raw_path"]) + len(scope["query_string"]) + fields_bytes > self.limits.head_bytes
+
+    def _refuse_head(self) -> None:
+        self._refuse(431, f"headers: at most {self.limits.head_bytes} bytes, got more", "Validation")
 
     def _refuse(self, status: int, error: str, error_type: str) -> None:
         """Answers what never became a request, and hangs up. Nothing is written into a reply that has begun."""

@@ -175,6 +175,15 @@ async def test_a_caller_that_takes_nothing_of_its_reply_is_cut_off(server: Serve
     assert not server.state.connections
 
 
+async def test_a_head_that_comes_whole_and_is_too_long_is_refused_with_431(server: Server) -> None:
+    whole = HEAD.replace(b"\r\n", b"\r\na: " + b"b" * 3000 + b"\r\n", 1) + b'"abc"'
+    for first, then in ((whole, b""), (whole[:2500], whole[2500:])):
+        caller = await server.connect(first)
+        await caller.send(then)
+        status, body = await caller.reply()
+        assert (status, body["error"]) == (431, "headers: at most 2000 bytes, got more")
+
+
 async def test_a_head_without_end_is_refused_with_431(server: Server) -> None:
     caller = await server.connect(b"GET / HTTP/1.1\r\n")
     for _ in range(3):
