@@ -63,6 +63,7 @@ class Service:
             "evictions": gauge("l1_evictions", "Vectors pushed out of L1 by newer ones.", lambda: l1.evictions),
             "expired": gauge("l1_expired", "Vectors found in L1 past their time.", lambda: l1.expired),
         }
+        gauge("l2_enabled", "1 unless REDIS_ENABLED is false.", lambda: self.store.enabled)
         gauge("l2_connected", "1 while Redis is in use.", lambda: self.store.connected)
         gauge("replicas_reachable", "1 while a replica answers.", lambda: self.catalog.reachable)
         gauge("replicas_ejected", "Replicas that answered nonsense, tried rarely.", lambda: self.replicas.ejected)

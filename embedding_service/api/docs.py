@@ -9,9 +9,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, RedirectResponse, Response
 
 _NOTHING_FROM_ELSEWHERE = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
@@ -33,8 +33,9 @@ def router(*, title: str) -> APIRouter:
     folder = _folder()
 
     @docs.get("/docs")
-    def show() -> Response:
-        return page
+    def show(request: Request) -> Response:
+        # what the page loads is named relative to it, and would be looked for a folder too deep
+        return RedirectResponse("../docs") if request.scope["raw_path"].endswith(b"/") else page
 
     @docs.get("/docs/swagger-ui-bundle.js")
     def script() -> Response:

@@ -23,5 +23,10 @@ async def test_what_the_documentation_loads_is_served_here(client: Client) -> No
         assert (reply.status_code, len(reply.content) > 100_000) == (200, True)
 
 
+async def test_a_slash_at_the_end_leads_to_the_page_whose_parts_are_found(client: Client) -> None:
+    reply = await client.http.get("/docs/", follow_redirects=True)
+    assert (reply.status_code, reply.url.path) == (200, "/docs")
+
+
 async def test_there_is_no_other_documentation_page(client: Client) -> None:
     assert (await client.http.get("/redoc")).status_code == 404

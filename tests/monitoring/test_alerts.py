@@ -51,3 +51,13 @@ def test_a_rule_says_what_happened_and_what_to_do(rule: dict[str, Any]) -> None:
     assert rule["annotations"]["summary"].endswith(".")
     assert rule["annotations"]["action"].endswith((".", "?"))
     assert rule["labels"]["severity"] in {"page", "ticket"}
+
+
+@pytest.mark.parametrize(("enabled", "alerts"), [(True, True), (False, False)])
+def test_redis_is_missed_only_where_it_is_wanted(*, enabled: bool, alerts: bool) -> None:
+    metrics = Metrics()
+    build_service(Settings(REDIS_ENABLED=enabled), metrics)
+    expr: str = next(rule["expr"] for rule in RULES if rule["alert"] == "RedisAway")
+    figures = dict(re.findall(r"^(embedding_\w+) (\S+)$", metrics.exposition().decode(), re.MULTILINE))
+    connected, wanted = (float(figures.get(term, term)) for term in re.sub(r"max\((\w+)\)", r"\1", expr).split(" < "))
+    assert (connected < wanted) == alerts
