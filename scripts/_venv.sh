@@ -1,6 +1,7 @@
 # Sourced by up, test and check: `root`, and `need EXTRA...`, which makes `$venv/bin/python` able to run the project.
 # shellcheck shell=bash
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+# `CDPATH=`: an exported one leads `cd scripts/..` into another folder, and makes it print the name
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 install_log=$root/.local/install.log
 # Named before everything else, since whatever depends on torch would be content with a build that brings several GB of

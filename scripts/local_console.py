@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -23,6 +24,8 @@ def tell(line: str) -> None:
         print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        pass  # the disk is full, the terminal gone: the line is lost, the service goes on
 
 
 class Console:
@@ -39,20 +42,30 @@ class Console:
 
     def skip(self) -> None:
         """What has been written so far is not printed: while a stack warms, HAProxy reports every server as down."""
-        self._read_bytes = {part: part.log_path.stat().st_size for part in self._read_bytes}
+        for part in self._read_bytes:
+            with contextlib.suppress(OSError):
+                self._read_bytes[part] = part.log_path.stat().st_size
 
     def follow(self) -> None:
         """What came since the last call. A log past its limit moves aside; parts append, so none loses its place."""
-        for number, (part, read_bytes) in enumerate(self._read_bytes.items()):
-            with part.log_path.open("rb") as log:
-                log.seek(read_bytes)
-                whole_lines = log.read().rpartition(b"\n")[0]
-            if whole_lines:
-                self._read_bytes[part] += len(whole_lines) + 1
-                for line in whole_lines.decode(errors="replace").splitlines():
-                    self.say(part.name, line, 31 + number % 6)
-            if self._read_bytes[part] > LOG_LIMIT_BYTES:
+        for number, part in enumerate(self._read_bytes):
+            with contextlib.suppress(OSError):  # somebody removed it, or the disk is full: the parts run on
+                self._follow(part, 31 + number % 6)
+
+    def _follow(self, part: Part, colour: int) -> None:
+        if part.log_path.stat().st_size < self._read_bytes[part]:
+            self._read_bytes[part] = 0  # somebody emptied it
+        with part.log_path.open("rb") as log:
+            log.seek(self._read_bytes[part])
+            whole_lines = log.read().rpartition(b"\n")[0]
+        if whole_lines:
+            self._read_bytes[part] += len(whole_lines) + 1
+            for line in whole_lines.decode(errors="replace").splitlines():
+                self.say(part.name, line, colour)
+        if self._read_bytes[part] > LOG_LIMIT_BYTES:
+            try:
                 shutil.copyfile(part.log_path, part.log_path.with_suffix(".log.1"))
+            finally:  # also without room for the copy, when it must not grow above all
                 os.truncate(part.log_path, 0)
                 self._read_bytes[part] = 0
 

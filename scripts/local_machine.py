@@ -61,8 +61,12 @@ def haproxy_version(command: str) -> tuple[int, ...]:
 @contextlib.contextmanager
 def only_copy(state_dir: Path) -> Iterator[None]:
     """Holds the lock of `state_dir`. The kernel gives it back at death, so a stale file never stands in the way."""
-    state_dir.mkdir(parents=True, exist_ok=True)
-    with (state_dir / "lock").open("a+") as lock:
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        opened = (state_dir / "lock").open("a+")
+    except OSError as problem:
+        raise StackError(f"{state_dir}: {problem.strerror}: choose another --state-dir") from None
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -54,7 +54,7 @@ class Part:
         self._command = list(command)
         self._env = dict(env)
         self._probe = probe
-        self._stop_within_s = stop_within_s
+        self.stop_within_s = stop_within_s
         self._report = report
         self._lock = threading.Lock()  # held for "may it start, then it starts", so that `stop` never misses a child
         self._stopping = threading.Event()
@@ -116,9 +116,9 @@ class Part:
 
     def wait_stopped(self) -> int | None:
         if self._supervisor is not None:
-            self._supervisor.join(self._stop_within_s)
+            self._supervisor.join(self.stop_within_s)
             if self._supervisor.is_alive():
-                self._report(f"{self.name} has not ended within {self._stop_within_s:g} s: killed")
+                self._report(f"{self.name} has not ended within {self.stop_within_s:g} s: killed")
                 self._kill_group()
                 self._supervisor.join()
         self._supervisor = None
@@ -152,6 +152,7 @@ class Part:
 
     def _spawn(self) -> subprocess.Popen[bytes] | None:
         wrapper = [sys.executable, "-I", "-S", str(DIE_WITH_PARENT), str(os.getpid())]
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         with self._lock, self.log_path.open("ab") as log:
             if self._stopping.is_set():
                 return None

@@ -36,6 +36,7 @@ WARM_WITHIN_S = 180.0
 WORD_EVERY_S = 5.0
 STOP_WITHIN_S = 8.0
 REPLICA_DRAIN_S = 3.0
+LAST_PORT = 65535
 USE_SERVER = "    use-server %[req.hdr(x-replica)] if { req.hdr(x-replica) -m found }"
 """What belongs into every list of servers: see "naming" in haproxy/haproxy.cfg."""
 
@@ -94,6 +95,7 @@ class LocalStack:
         self.gateway = self._gateway()
 
     def __enter__(self) -> Self:
+        self._check_state_dir()
         self._exit.enter_context(only_copy(self.state_dir))
         self._exit.callback(self.stop)
         return self
@@ -178,6 +180,13 @@ class LocalStack:
     def _replica_ports(self) -> list[int]:
         return [self.ports.first_replica + index for index in range(len(self.replicas))]
 
+    def _check_state_dir(self) -> None:
+        """`start` empties two folders: never those of somebody else, in a folder that no stack has used before."""
+        if not (self.state_dir / "lock").exists():
+            for folder in (self.log_dir, self._redis_dir):
+                if folder.exists():
+                    raise StackError(f"{folder} is not of this script: choose another --state-dir")
+
     def _check_ports(self) -> None:
         singles = {name: getattr(self.ports, name) for name in PORT_VARIABLES if name != "first_replica"}
         wanted = [*singles.items(), *(("first_replica", port) for port in self._replica_ports())]
@@ -252,18 +261,20 @@ class LocalStack:
         )
 
     def _gateway(self) -> Part:
+        # no balancer stands in front of it here that would have to notice first
+        drain = self._env.get("DRAIN_S") or "0"
         return self._part(
             "gateway",
             [sys.executable, "-m", "embedding_service"],
-            lambda: http_get(self.ports.gateway, "/readyz")[0] == http.HTTPStatus.OK,
+            lambda: gateway_answers(self.ports.gateway),
+            drain_s=_seconds(drain),
             env={
                 "HOST": LOOPBACK,
                 "PORT": str(self.ports.gateway),
                 "ML_BASE_URL": self.ml_url,
                 "REDIS_HOST": LOOPBACK,
                 "REDIS_PORT": str(self.ports.redis),
-                # no balancer stands in front of it here that would have to notice first
-                "DRAIN_S": self._env.get("DRAIN_S", "0"),
+                "DRAIN_S": drain,
             },
         )
 
@@ -274,6 +285,14 @@ def _python_env() -> dict[str, str]:
         "PYTHONSAFEPATH": "1",  # `-m` would otherwise import whatever lies in the caller's folder
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
+
+
+def _seconds(text: str) -> float:
+    """As the gateway takes them; 0 for what it refuses by name."""
+    try:
+        return max(0.0, min(300.0, float(text)))
+    except ValueError:
+        return 0.0
 
 
 def servers_cfg(replica_ports: Sequence[int]) -> str:
@@ -295,6 +314,11 @@ def http_get(port: int, path: str) -> tuple[int, bytes]:
         connection.close()
 
 
+def gateway_answers(port: int) -> bool:
+    """Ready, or locked: with OPERATOR_PATHS_OPEN=false it tells nobody without a key whether it is."""
+    return http_get(port, "/readyz")[0] in {http.HTTPStatus.OK, http.HTTPStatus.UNAUTHORIZED}
+
+
 def redis_answers(port: int) -> bool:
     try:
         with socket.create_connection((LOOPBACK, port), timeout=PROBE_TIMEOUT_S) as connection:
@@ -305,12 +329,16 @@ def redis_answers(port: int) -> bool:
 
 
 class StopRequest:
-    """Set by the first SIGINT, SIGTERM or SIGHUP. A plain flag: a handler that raises could leave a part unowned."""
+    """Set by the first SIGINT, SIGTERM, or SIGHUP, unless `nohup` has that ignored.
+
+    A plain flag: a handler that raises could leave a part unowned.
+    """
 
     def __init__(self) -> None:
         self.came = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         self.came = True
@@ -350,11 +378,18 @@ def warm_up(stack: LocalStack, stop: StopRequest, console: Console) -> None:
         time.sleep(0.1)
 
 
+def port_number(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= LAST_PORT:
+        raise argparse.ArgumentTypeError(f"must be a port, 1 to {LAST_PORT}, got {text!r}")
+    return int(text)
+
+
 def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/up",
         description="Runs Redis, HAProxy, the ML-Base replicas and the gateway on loopback until Ctrl-C.",
-        epilog="Every variable of the gateway and of ML-Base (README) is passed on to them.",
+        epilog="Every variable of the gateway and of ML-Base (README) is passed on to them, but for those that say "
+        "where parts listen and find each other.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for field in fields(Ports):
@@ -362,23 +397,25 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> argparse.Name
         parser.add_argument(
             f"--{field.name.replace('_', '-')}-port",
             *(["--port"] if field.name == "gateway" else []),
-            type=int,
+            type=port_number,
             metavar="PORT",
             # argparse runs a default that is a string through `type`, so a wrong variable is told like a wrong flag
-            default=environ.get(variable, str(field.default)),
+            default=environ.get(variable) or str(field.default),  # empty: not set, as for the parts themselves
             help=f"or {variable}",
         )
-    parser.add_argument("--replicas", type=int, metavar="N", default=environ.get("REPLICAS", "3"), help="or REPLICAS")
+    parser.add_argument("--replicas", type=int, metavar="N", default=environ.get("REPLICAS") or "3", help="or REPLICAS")
     parser.add_argument(
         "--state-dir",
         type=Path,
         metavar="DIR",
-        default=environ.get("STATE_DIR", str(ROOT / ".local")),
+        default=environ.get("STATE_DIR") or str(ROOT / ".local"),
         help="logs, lock, list of servers; or STATE_DIR",
     )
     args = parser.parse_args(argv)
     if args.replicas < 1:
         parser.error(f"--replicas must be at least 1, got {args.replicas}")
+    if (last := args.first_replica_port + args.replicas - 1) > LAST_PORT:
+        parser.error(f"--first-replica-port: the last of {args.replicas} replicas would get {last}, above {LAST_PORT}")
     return args
 
 

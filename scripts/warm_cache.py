@@ -88,6 +88,8 @@ class Run:
         window: deque[asyncio.Task[Batch]] = deque()
         async with open_service(self._settings) as service:
             self._begun_s = time.monotonic()
+            if self._output is not None:
+                self._output.begin()
             self._save()  # now, so that a place that cannot be written is known before the work is done
             try:
                 await self._send_all(service, window)

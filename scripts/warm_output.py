@@ -75,6 +75,7 @@ class Output(ABC):
     def __init__(self, path: Path, position_bytes: int) -> None:
         self._path = path
         self._part = part_of(path)
+        self._position_bytes = position_bytes
         try:
             self.file = os.fdopen(os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         except OSError as problem:
@@ -84,8 +85,11 @@ class Output(ABC):
         except BlockingIOError:
             self.file.close()
             raise Misuse(f"{self._part}: another copy of this script writes it") from None
-        self.file.truncate(position_bytes)
-        self.file.seek(position_bytes)
+
+    def begin(self) -> None:
+        """Cuts off what is not committed. Not before the service has answered: a mistyped URL must cost no vectors."""
+        self.file.truncate(self._position_bytes)
+        self.file.seek(self._position_bytes)
 
     @abstractmethod
     def write(self, entries: Sequence[Entry], progress: Progress) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from local_console import LOG_LIMIT_BYTES, Console
 from local_machine import FREE_PORTS, free_row_of_ports, haproxy_version, only_copy, port_is_free
 from local_part import Part, StackError, wait_until
-from local_stack import USE_SERVER, Ports, http_get, parse_args, redis_answers, servers_cfg
+from local_stack import USE_SERVER, LocalStack, Ports, gateway_answers, http_get, parse_args, redis_answers, servers_cfg
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -199,12 +200,35 @@ def test_a_second_run_of_the_script_is_one_line(tmp_path: Path) -> None:
     assert run.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["logs", "redis"])
+def test_folders_of_somebody_else_are_not_emptied(tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / name / "theirs"
+    theirs.parent.mkdir()
+    theirs.write_text("precious")
+    run = run_script("--state-dir", tmp_path)
+    assert run.stderr == f"scripts/up: {theirs.parent} is not of this script: choose another --state-dir\n"
+    assert theirs.read_text() == "precious"
+
+
+def test_a_state_folder_that_cannot_be_is_one_line() -> None:
+    run = run_script("--state-dir", "/dev/null/state")
+    assert (run.returncode, run.stderr.count("\n")) == (1, 1)
+    assert run.stderr.startswith("scripts/up: /dev/null/state: ")
+
+
+def test_an_empty_state_dir_variable_is_none() -> None:
+    assert parse_args([], {"STATE_DIR": ""}).state_dir == ROOT / ".local"
+
+
 @pytest.mark.parametrize(
     ("arguments", "env", "named"),
     [
         (["--replicas", "0"], {}, "--replicas must be at least 1, got 0"),
         (["--port", "x"], {}, "--port"),
         ([], {"REDIS_PORT": "x"}, "--redis-port"),
+        (["--port", "70000"], {}, "--port: must be a port, 1 to 65535, got '70000'"),
+        (["--ml-port", "0"], {}, "--ml-port: must be a port, 1 to 65535, got '0'"),
+        (["--first-replica-port", "65534"], {}, "the last of 3 replicas would get 65536, above 65535"),
     ],
 )
 def test_a_wrong_option_is_told_by_name(arguments: list[str], env: dict[str, str], named: str) -> None:
@@ -217,6 +241,19 @@ def test_a_wrong_option_is_told_by_name(arguments: list[str], env: dict[str, str
 def test_a_flag_wins_over_its_variable_and_a_variable_over_the_default() -> None:
     args = parse_args(["--port", "1"], {"PORT": "2", "STATS_PORT": "3"})
     assert (args.gateway_port, args.stats_port, args.redis_port) == (1, 3, Ports().redis)
+
+
+def test_an_empty_variable_is_none() -> None:
+    args = parse_args([], {"PORT": "", "REPLICAS": ""})
+    assert (args.gateway_port, args.replicas) == (Ports().gateway, 3)
+
+
+@pytest.mark.parametrize(("drain", "within_s"), [("12", 20.0), ("", 8.0), ("soon", 8.0)])
+def test_a_gateway_is_given_the_time_to_drain_that_it_was_told_to_take(
+    tmp_path: Path, drain: str, within_s: float
+) -> None:
+    gateway = LocalStack(state_dir=tmp_path, env={"DRAIN_S": drain}).gateway
+    assert gateway.stop_within_s == within_s
 
 
 def test_the_list_of_servers_names_them_as_the_containers_are_named() -> None:
@@ -247,6 +284,20 @@ def test_probes_of_a_silent_or_absent_server_are_no_answer() -> None:
     port = free_row_of_ports(1)
     assert http_get(port, "/") == (0, b"")
     assert not redis_answers(port)
+
+
+@pytest.mark.parametrize(("status", "up"), [(200, True), (401, True), (503, False)])
+def test_a_gateway_that_asks_for_a_key_is_up(*, status: int, up: bool) -> None:
+    def answer() -> None:
+        with server.accept()[0] as connection:
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 %d x\r\ncontent-length: 0\r\n\r\n" % status)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert gateway_answers(server.getsockname()[1]) == up
+        thread.join()
 
 
 def test_the_console_prints_each_whole_line_once_behind_its_part(
@@ -281,6 +332,63 @@ def test_a_log_past_its_limit_moves_aside_and_the_part_writes_on(
         assert capsys.readouterr().out.endswith("part after\n")
         assert part.log_path.stat().st_size == len("after\n")
         assert part.log_path.with_suffix(".log.1").stat().st_size > LOG_LIMIT_BYTES
+
+
+def test_a_log_that_somebody_removes_or_empties_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running(tmp_path, FOREVER) as (part, _):
+        part.wait_ready()
+        console = Console([part])
+        console.follow()
+        part.log_path.write_text("new\n")
+        console.follow()
+        part.log_path.unlink()
+        console.skip()
+        console.follow()
+        assert capsys.readouterr().out == "part here\npart new\n"
+
+
+def test_a_part_whose_folder_of_logs_is_gone_is_started_again(tmp_path: Path) -> None:
+    with running(tmp_path / "logs", FOREVER) as (part, _):
+        part.wait_ready()
+        first = part.pid
+        part.log_path.unlink()
+        part.log_path.parent.rmdir()
+        part.send(signal.SIGKILL)
+        soon(lambda: part.pid not in {None, first} and "here" in part.log_text(), "it runs again")
+
+
+def test_a_log_that_cannot_move_aside_is_cut_all_the_same(tmp_path: Path) -> None:
+    with running(tmp_path, FOREVER) as (part, _):
+        part.wait_ready()
+        part.log_path.with_suffix(".log.1").mkdir()
+        with part.log_path.open("ab") as log:
+            log.truncate(LOG_LIMIT_BYTES)
+            log.write(b"\n")
+        Console([part]).follow()
+        assert part.log_path.stat().st_size == 0
+
+
+def test_a_full_disk_under_the_output_ends_nothing() -> None:
+    tell = "from local_console import tell; tell('a'); tell('b'); import os; os._exit(0)"
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([sys.executable, "-c", tell], cwd=SCRIPT.parent, stdout=full, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("before", "came"), [("SIG_DFL", True), ("SIG_IGN", False)])
+def test_a_hangup_ends_it_but_not_under_nohup(before: str, *, came: bool) -> None:
+    hang_up = f"""
+        import os, signal
+        from local_stack import StopRequest
+        signal.signal(signal.SIGHUP, signal.{before})
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        print(stop.came)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(hang_up)]
+    run = subprocess.run(command, cwd=SCRIPT.parent, stdout=subprocess.PIPE, text=True, check=True)
+    assert run.stdout == f"{came}\n"
 
 
 def test_waiting_in_vain_names_what_was_waited_for() -> None:

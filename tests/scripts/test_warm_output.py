@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import warm_cache
 import warm_output
 
 from tests.scripts.fakes import refusal, vector_of, warm
@@ -42,6 +43,18 @@ def test_json_lines_hold_line_vector_and_error(service: FakeService, tmp_path: P
     np.testing.assert_array_equal(np.float32(good["embedding"]), vector_of("good")[:2])
     assert (good["line"], bad["line"], bad["embedding"]) == (1, 3, None)
     assert bad["error"].startswith("not UTF-8")
+
+
+def test_a_mistyped_url_costs_no_vectors_of_an_earlier_run(
+    service: FakeService, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--out", str(corpus.with_name("vectors.npy")), "--batch", "10"]
+    service.misbehave = lambda request: refusal(503, "gone") if "text number 77" in request["texts"] else None
+    assert warm(service, corpus, *options, "--patience", "0.001") == 1
+    assert warm_cache.main([str(corpus), *options, "--url", "http://127.0.0.1:1"]) == 2
+    service.misbehave = lambda _: None
+    assert warm(service, corpus, *options) == 0
+    assert "resuming after line 70: 70 texts are done" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
