@@ -61,3 +61,10 @@ def test_redis_is_missed_only_where_it_is_wanted(*, enabled: bool, alerts: bool)
     figures = dict(re.findall(r"^(embedding_\w+) (\S+)$", metrics.exposition().decode(), re.MULTILINE))
     connected, wanted = (float(figures.get(term, term)) for term in re.sub(r"max\((\w+)\)", r"\1", expr).split(" < "))
     assert (connected < wanted) == alerts
+
+
+def test_a_callers_own_mistake_wakes_nobody() -> None:
+    expr: str = next(rule["expr"] for rule in RULES if rule["alert"] == "RequestsFail")
+    counted = re.compile(re.search(r'status=~"([^"]+)"', expr)[1])  # type: ignore[index]
+    statuses = set(re.findall(r'route="/embed",status="(\d+)"', EXPORTED))
+    assert {status for status in statuses if counted.fullmatch(status)} == {"424", "429", "500", "503", "504"}
