@@ -243,6 +243,8 @@ class Embedded:
             raise WireError(f"broken safetensors reply: {problem!r}") from None
         if not np.isfinite(vectors).all():
             raise WireError("the reply holds NaN or infinity")
+        if tokens.min(initial=0) < 0:  # no entry can hold it, and no count may fall
+            raise WireError("the reply holds a number of tokens below 0")
         return cls(card, vectors, tokens, truncated)
 
 

@@ -125,6 +125,13 @@ def test_a_vector_that_is_not_finite_is_refused(value: float) -> None:
         Embedded.from_bytes(reply.to_bytes(), texts=2)
 
 
+def test_a_number_of_tokens_below_0_is_refused() -> None:
+    reply = embedded()
+    reply.tokens[1] = -1
+    with pytest.raises(WireError, match="tokens below 0"):
+        Embedded.from_bytes(reply.to_bytes(), texts=2)
+
+
 def test_a_card_survives_and_equal_cards_give_equal_text() -> None:
     assert ModelCard.from_json(CARD.to_json()) == CARD
     reordered = ModelCard(**{**json.loads(CARD.to_json()), "prompts": dict(reversed(list(CARD.prompts.items())))})
