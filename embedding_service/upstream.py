@@ -36,12 +36,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_TEXTS_IN_PIECE = 256  # many tiny texts: bounded by count, since each also costs the replica a row
-BODY_BYTES_OF_A_BYTE = 8  # a control character is six bytes of JSON, and a piece has a frame
+JSON_BYTES_PER_CHAR = 6  # at most: a control character, as \u001f
 RETRY_BUDGET = 10.0  # repetitions that may be saved up
 RETRY_PAUSE_S = 0.1
 """A killed process may close its connections some milliseconds before its listening socket (measured: up to 3 ms). A
 repetition within them is accepted and lost too, since leastconn prefers a replica that has nothing in hand."""
 RETRY_EARNED = 0.1  # saved up per call: in the long run at most one call in ten is a repetition
+TIDY_CHARS = 1 << 20  # of text that a lane takes in before it looks for what its callers have left behind
 USUAL_SHARE = 0.2  # of the newest call in what a call usually takes: follows a change within some five calls
 MAX_IDS_SENT = 4  # request ids on a piece that several requests share; the replica's log is their reader
 
@@ -68,6 +69,21 @@ class _LaneState:
     queue: deque[MissFlight] = field(default_factory=deque)
     calls: int = 0
     usual_s: float = 0.0  # what a call has taken lately
+    chars: int = 0  # queued since the queue was last tidied, and
+    tidy_at: int = TIDY_CHARS  # how many of them shall have it tidied again
+
+    def take(self, flight: MissFlight) -> None:
+        """Queues it. What has been abandoned goes, if it may be half of the texts that are held.
+
+        It gave its room in the lane back when its callers left. While calls hang nothing is taken from the queue, and
+        callers who give up and come again would fill the memory.
+        """
+        self.queue.append(flight)
+        self.chars += len(flight.payload.text) + 1
+        if self.chars > self.tidy_at:
+            self.queue = deque(queued for queued in self.queue if queued.state is State.QUEUED)
+            self.tidy_at = TIDY_CHARS + sum(len(queued.payload.text) + 1 for queued in self.queue)
+            self.chars = 0
 
     def took(self, duration_s: float) -> None:
         self.usual_s += USUAL_SHARE * (duration_s - self.usual_s)
@@ -102,9 +118,11 @@ class Upstream:
     ) -> None:
         self.on_reply: Callable[[Sequence[Any], Embedded | Exception], None] = _nobody
         self._replicas = replicas
-        # replicas are told the limits of one request too, and would refuse several that left together
-        self._piece_bytes = min(piece_bytes, max_body_bytes // BODY_BYTES_OF_A_BYTE)
+        self._piece_bytes = piece_bytes
+        # Replicas are told the limits of one request too, and would refuse texts of several that left together. What a
+        # text adds to the body is not its `work_bytes`, which end where the model stops reading.
         self._piece_texts = min(max_texts, MAX_TEXTS_IN_PIECE)
+        self._piece_chars = max_body_bytes // JSON_BYTES_PER_CHAR
         self._lanes = {lane: _LaneState(lane, calls[lane]) for lane in Lane}
         self._admission = admission
         self._metrics = metrics
@@ -137,7 +155,7 @@ class Upstream:
         """Takes flights over: they leave now if a call is free, else with the next one."""
         for flight in flights:
             flight.state = State.QUEUED
-            self._lanes[Lane(flight.lane)].queue.append(flight)
+            self._lanes[Lane(flight.lane)].take(flight)
         for lane in {flight.lane for flight in flights}:
             self._start_calls(self._lanes[Lane(lane)])
 
@@ -165,19 +183,22 @@ class Upstream:
         """
         piece: list[MissFlight] = []
         late: list[MissFlight] = []
-        work = 0
+        work = chars = 0
         now = time.monotonic()
         while state.queue and len(piece) < self._piece_texts:
             flight = state.queue[0]
             if flight.state is State.QUEUED and state.too_late(flight, now):
-                late.append(flight)
+                if flight.lane == state.lane:  # else it has been promoted, and the other lane's calls are faster
+                    late.append(flight)
             elif flight.state is State.QUEUED:
                 miss = flight.payload
-                if piece and (miss.space is not piece[0].payload.space or work + miss.work_bytes > self._piece_bytes):
+                work += miss.work_bytes
+                chars += len(miss.text)
+                too_much = work > self._piece_bytes or chars > self._piece_chars
+                if piece and (too_much or miss.space is not piece[0].payload.space):
                     break
                 flight.state = State.DISPATCHED
                 piece.append(flight)
-                work += miss.work_bytes
             state.queue.popleft()  # taken, abandoned, too late, or promoted and gone
         if late:
             problem = f"{TIMEOUT_HEADER}: less time is left than the {state.usual_s:.3f} s that a call takes now"

@@ -180,6 +180,9 @@ class FakeStore:
         if self.connected:
             self.kept.update({(epoch, key): pack(key, entry) for key, entry in entries})
 
+    def raise_epoch(self, epoch: int) -> None:
+        self.epoch = max(self.epoch, epoch)
+
     async def clear(self, epoch: int) -> int | None:
         self.epoch = epoch
         count = len(self.kept)

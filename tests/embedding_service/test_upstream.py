@@ -20,7 +20,7 @@ from embedding_service.errors import (
     Unavailable,
     UnknownModel,
 )
-from embedding_service.upstream import RETRY_BUDGET
+from embedding_service.upstream import RETRY_BUDGET, TIDY_CHARS
 from ml_base.wire import Lane
 from tests.fakes import CARD, Call, Gateway, embedded, settle
 
@@ -72,25 +72,27 @@ async def test_a_list_is_cut_into_pieces_of_like_work() -> None:
     await gateway.close()
 
 
-async def test_texts_that_leave_together_are_no_more_than_one_request_may_have() -> None:
-    gateway = Gateway(calls=1, max_texts=2)
-    tasks = [await start(gateway, text) for text in "abcd"]
-    gateway.balancer.waiting[0].answer()
-    await settle()
-    assert gateway.balancer.waiting[0].texts == ["b", "c"]
+@pytest.mark.parametrize("limit", [{"max_texts": 2}, {"max_body_bytes": 6 * 200}], ids=["texts", "bytes"])
+async def test_texts_of_several_requests_leave_within_the_limits_of_one(limit: dict[str, int]) -> None:
+    gateway = Gateway(calls=1, piece_bytes=1000, **limit)
+    tasks = [await start(gateway, letter * 100) for letter in "abcd"]
     await answer_all(gateway)
     await asyncio.gather(*tasks)
+    assert ["".join(text[0] for text in call.texts) for call in gateway.balancer.sent] == ["a", "bc", "d"]
     await gateway.close()
 
 
-async def test_texts_that_leave_together_fit_into_the_body_of_one_request() -> None:
-    gateway = Gateway(calls=1, piece_bytes=4096, max_body_bytes=1024)
-    tasks = [await start(gateway, letter * 60) for letter in "abcde"]
-    gateway.balancer.waiting[0].answer()
-    await settle()
-    assert [text[0] for text in gateway.balancer.waiting[0].texts] == ["b", "c"]
+async def test_texts_of_callers_who_gave_up_are_not_held_while_the_replicas_hang() -> None:
+    gateway = Gateway(calls=1)
+    await start(gateway, "hangs")
+    for number in range(30):
+        task = await start(gateway, str(number) * (TIDY_CHARS // 5))
+        task.cancel()
+        await settle()
+    waiting = await start(gateway, "waits")
+    assert len(gateway.upstream._lanes[Lane.BULK].queue) <= 6  # texts of TIDY_CHARS, and the one that waits
     await answer_all(gateway)
-    await asyncio.gather(*tasks)
+    assert len((await waiting).entries) == 1
     await gateway.close()
 
 
@@ -224,6 +226,25 @@ async def test_a_busy_lane_sends_nothing_that_would_be_back_too_late() -> None:
     await answer_all(gateway)
     await asyncio.gather(tries, waits)
     assert [call.texts for call in gateway.balancer.sent] == [["idle"], ["has time"]]
+    await gateway.close()
+
+
+async def test_what_a_person_joined_is_not_late_by_how_long_jobs_take() -> None:
+    gateway = Gateway(calls=2)
+    for number in range(4):
+        await start(gateway, f"busy {number}", lane=list(Lane)[number % 2])
+    soon = time.monotonic() + 1
+    both = []
+    for lane in (Lane.BULK, Lane.INTERACTIVE):
+        ask = Ask(texts=("shared",), lane=lane, request_id="r", deadline=soon)
+        both.append(asyncio.create_task(gateway.embedder.embed(ask)))
+        await settle()
+    gateway.upstream._lanes[Lane.BULK].took(100)  # a call takes seconds now
+    next(call for call in gateway.balancer.waiting if call.headers["x-priority"] == "bulk").answer()
+    await settle()
+    await answer_all(gateway)
+    assert [len(answer.entries) for answer in await asyncio.gather(*both)] == [1, 1]
+    assert gateway.balancer.sent[-1].headers["x-priority"] == "interactive"
     await gateway.close()
 
 
