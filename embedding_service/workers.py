@@ -115,11 +115,23 @@ class Supervisor:
                 return
             lived = asyncio.get_running_loop().time() - worker.started_at > LIVED_S
             pause_s = RESTART_AFTER_S if lived else min(MAX_RESTART_AFTER_S, 2 * pause_s)
+            successor = await self._start_after(pause_s)
+            if successor is None:
+                return
+            worker = successor
+
+    async def _start_after(self, pause_s: float) -> _Worker | None:
+        """Tries for as long as no process can be had; None if all shall stop meanwhile."""
+        while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), pause_s)
             if self._stop.is_set():
-                return
-            worker = await self._start()
+                return None
+            try:
+                return await self._start()
+            except OSError as failure:
+                log.error("a worker cannot be started: %s", failure)  # noqa: TRY400 - a trace says no more
+                pause_s = min(MAX_RESTART_AFTER_S, 2 * pause_s)
 
     async def _renew_when_asked(self, tasks: asyncio.TaskGroup) -> None:
         while True:
@@ -131,7 +143,11 @@ class Supervisor:
 
     async def _replace(self, old: _Worker, tasks: asyncio.TaskGroup) -> bool:
         """Whether a successor now serves in the place of `old`, which has ended."""
-        successor = await self._start()
+        try:
+            successor = await self._start()
+        except OSError as failure:  # no memory, no file descriptors, or no interpreter where it used to be
+            log.error("pid %d stays: its successor cannot be started: %s", old.process.pid, failure)  # noqa: TRY400
+            return False
         fit = False
         try:
             await asyncio.wait((successor.word,), timeout=READY_WITHIN_S)
@@ -154,14 +170,21 @@ class Supervisor:
         return True
 
     async def _start(self) -> _Worker:
+        """Raises `OSError` if there can be no such process now; the others must not suffer for it."""
         loop = asyncio.get_running_loop()
-        row = self._free_rows.pop()
         word_fd, its_end_fd = os.pipe()
+        row = self._free_rows.pop()
         fds = (*self._fds, its_end_fd)
         command = (sys.executable, "-m", "embedding_service.server", Place(row, self._rows, *fds).to_argument())
         # a session of its own: Ctrl-C in a terminal reaches the parent alone, which then ends all workers once
-        process = await asyncio.create_subprocess_exec(*command, pass_fds=fds, start_new_session=True)
-        os.close(its_end_fd)
+        try:
+            process = await asyncio.create_subprocess_exec(*command, pass_fds=fds, start_new_session=True)
+        except OSError:
+            os.close(word_fd)
+            self._free_rows.append(row)
+            raise
+        finally:
+            os.close(its_end_fd)
         worker = _Worker(process, row, loop.create_future(), loop.time())
         loop.add_reader(word_fd, self._hear, worker, word_fd)
         self._workers.append(worker)

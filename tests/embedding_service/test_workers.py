@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -117,6 +118,19 @@ def test_a_successor_that_knows_no_model_is_ended_and_the_old_workers_stay(gatew
     until(lambda: len(gateway.workers()) == 3, "a successor beside them")
     until(lambda: gateway.workers() == workers, "they are alone again")
     assert gateway.call("GET", "/livez")[0] == 200
+
+
+def test_while_no_process_can_be_started_the_workers_that_are_there_serve_on(gateway: Gateway) -> None:
+    parent, (first, second) = gateway.process, gateway.workers()
+    limits = resource.prlimit(parent.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(parent.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    parent.send_signal(signal.SIGHUP)
+    os.kill(first, signal.SIGKILL)
+    time.sleep(2)  # the pause before a worker is started again, and one more
+    assert gateway.workers() == [second]
+    assert gateway.call("GET", "/livez")[0] == 200
+    resource.prlimit(parent.pid, resource.RLIMIT_NOFILE, limits)
+    until(lambda: len(gateway.workers()) == 2, "a successor")
 
 
 async def test_a_first_worker_that_cannot_start_ends_the_gateway(unused_port: int) -> None:
