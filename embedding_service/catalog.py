@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 POLL_S = 5.0  # while all is well; each poll is a request that one replica answers
 POLL_FAST_S = 0.5  # while nothing is known, or nobody answers
 RETRY_AFTER_S = 2.0
-MAX_SPACES = 64  # kinds of request whose hash prefix is kept: fingerprints x prompts x truncation sides
+MAX_SPACES = 64  # kinds of request (fingerprints x prompts x truncation sides) before those of the past are forgotten
 DEFAULT_NAMES = frozenset({"", "default"})  # what an alias may say instead of the default model's own id
 _QUOTED_CHARS = 80
 
@@ -57,7 +57,7 @@ class Catalog:
         self._default: str | None = None
         self._cards: dict[str, ModelCard] = {}
         self._named: dict[str | None, ModelCard] = {}  # every name whose card is known: what a request looks up
-        self._spaces: dict[tuple[str, str | None, str], KeySpace] = {}
+        self._spaces: dict[tuple[str, str | None, str, str], KeySpace] = {}
         self._probes: dict[str, asyncio.Task[ModelCard]] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -112,16 +112,19 @@ class Catalog:
 
     def space(self, card: ModelCard, prompt_name: str | None, direction: str) -> KeySpace:
         """Where the keys of a kind of request lie. Raises `InvalidRequest` for a prompt the model lacks."""
-        kind = (card.fingerprint, prompt_name, direction)
+        prompt = card.prompt(prompt_name)  # part of the kind: a fingerprint does not cover what a prompt says
+        kind = (card.fingerprint, prompt_name, prompt, direction)
         space = self._spaces.get(kind)
         if space is None:
             if len(self._spaces) >= MAX_SPACES:
-                self._spaces.clear()
+                # of models that are gone; the others are as many as models have prompts, and L1 finds its texts by them
+                served = {known.fingerprint for known in self._cards.values()}
+                self._spaces = {kind: kept for kind, kept in self._spaces.items() if kept.fingerprint in served}
             space = self._spaces[kind] = KeySpace(
                 model_id=card.id,
                 fingerprint=card.fingerprint,
                 prompt_name=prompt_name,
-                prompt=card.prompt(prompt_name),
+                prompt=prompt,
                 direction=direction,
             )
         return space

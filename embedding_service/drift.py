@@ -85,7 +85,9 @@ class Drift:
         result = "skipped"
         try:
             computed = await self._compute(space, text)
-            if computed.card.fingerprint == space.fingerprint:  # else the replicas have moved on: nothing to compare
+            card = computed.card
+            # else the replicas have moved on: nothing to compare
+            if space.covers(fingerprint=card.fingerprint, prompt=card.prompt(space.prompt_name)):
                 result = self._compare(space.key(text), served, computed)
         except Problem as problem:
             log.info("a check of a cached vector is left out: %s", problem.message)

@@ -101,7 +101,7 @@ class KeySpace:
     space of the process has, or the key of a text that is too long for that.
     """
 
-    __slots__ = ("_mark", "_prefix", "direction", "fingerprint", "model_id", "prompt_name")
+    __slots__ = ("_mark", "_prefix", "direction", "fingerprint", "model_id", "prompt", "prompt_name")
 
     _numbers: ClassVar[Iterator[int]] = count()
 
@@ -111,12 +111,17 @@ class KeySpace:
         self.model_id = model_id
         self.fingerprint = fingerprint
         self.prompt_name = prompt_name
+        self.prompt = prompt
         self.direction = direction
         self._prefix = hashlib.blake2b(digest_size=KEY_BYTES)
         for part in (fingerprint, prompt, direction):
             raw = part.encode()
             self._prefix.update(len(raw).to_bytes(8, "little") + raw)
         self._mark = f"{next(self._numbers)}:"  # none begins another
+
+    def covers(self, *, fingerprint: str, prompt: str) -> bool:
+        """Whether what such a model computes with such a prompt belongs under our keys."""
+        return fingerprint == self.fingerprint and prompt == self.prompt
 
     def names(self, texts: Sequence[str]) -> Sequence[str | bytes]:
         """What L1 calls each of at least one text; equal for equal texts only."""

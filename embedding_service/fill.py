@@ -50,6 +50,7 @@ class Store(Protocol):
 
     async def get_many(self, epoch: int, keys: Sequence[bytes]) -> dict[bytes, Entry]: ...
     def put_soon(self, epoch: int, entries: Sequence[tuple[bytes, Entry]]) -> None: ...
+    def raise_epoch(self, epoch: int) -> None: ...
     async def clear(self, epoch: int) -> int | None: ...
 
 
@@ -115,6 +116,7 @@ class Fill:
         if epoch > self.epoch:
             self.epoch = epoch
             self._metrics.board.raise_epoch(epoch)  # our siblings look there before each look-up
+            self._store.raise_epoch(epoch)
             self._l1.clear()
 
     def catch_up(self) -> None:
@@ -176,9 +178,10 @@ class Fill:
         """Raises `StartOver` if the vectors are another model's: they are kept, but under that model's own name."""
         self._catalog.adopt(result.card)
         asked = flights[0].payload.space
-        expected = result.card.fingerprint == asked.fingerprint
         changed = StartOver(Unavailable("the replicas have just changed to another model", retry_after_s=1))
         try:
+            prompt = result.card.prompt(asked.prompt_name)
+            expected = asked.covers(fingerprint=result.card.fingerprint, prompt=prompt)
             space = asked if expected else self._catalog.space(result.card, asked.prompt_name, asked.direction)
         except InvalidRequest:  # the new model lacks this prompt: nothing to keep
             raise changed from None

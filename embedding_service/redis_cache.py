@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Connection, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -90,6 +91,8 @@ class RedisCache:
         self._tasks: list[asyncio.Task[None]] = []
         self._redis = Redis.from_pool(
             BlockingConnectionPool(
+                connection_class=_Connection,
+                resolver=_Resolver(host, port),
                 host=host,
                 port=port,
                 password=password,
@@ -194,12 +197,16 @@ class RedisCache:
                 self._writes.append((epoch, key, entry))
         self._writes_waiting.set()
 
+    def raise_epoch(self, epoch: int) -> None:
+        """What `clear` was told in a sibling process: Redis may be away, and that process gone before it is back."""
+        self._epoch = max(self._epoch, epoch)
+
     async def clear(self, epoch: int) -> int | None:
         """Makes `epoch` the current one and unlinks all entries; how many, or None if Redis is away.
 
         Away, the epoch is raised by the next heartbeat that finds Redis, which has the same effect for readers.
         """
-        self._epoch = max(self._epoch, epoch)
+        self.raise_epoch(epoch)
         if not self.connected:
             return None
         try:
@@ -339,6 +346,39 @@ class NoCache(RedisCache):
 
     def put_soon(self, epoch: int, entries: Iterable[tuple[bytes, Entry]]) -> None:
         """Drops them uncounted: nobody expects them anywhere."""
+
+
+class _Resolver:
+    """Asks for one name's addresses, once at a time.
+
+    A question cannot be taken back: whoever gives it up leaves a thread of the process waiting for the name server, and
+    uvloop has two for that, which every connection to the balancer needs as well. If each heartbeat asked anew while
+    no name server answers, the threads would soon be taken for ever, and no replica be reached for want of Redis.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._name = host, port
+        self._asking: asyncio.Task[object] | None = None
+
+    async def wait(self) -> None:
+        """Until the name has just been resolved. Raises `OSError`."""
+        if self._asking is None or self._asking.done():
+            asking = asyncio.get_running_loop().getaddrinfo(*self._name, type=socket.SOCK_STREAM)
+            self._asking = asyncio.ensure_future(asking)
+        await asyncio.shield(self._asking)
+
+
+class _Connection(Connection):
+    """One that is not opened before the name is known to be resolved: to open it asks again, at once then."""
+
+    def __init__(self, *, resolver: _Resolver, **terms: Any) -> None:
+        super().__init__(**terms)
+        self._resolver = resolver
+
+    async def _connect(self) -> None:
+        async with asyncio.timeout(self.socket_connect_timeout):
+            await self._resolver.wait()
+        await super()._connect()  # type: ignore[no-untyped-call]  # the library types few of its methods
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from embedding_service.ask import Answer, Ask
+from embedding_service.catalog import MAX_SPACES
 from embedding_service.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -84,6 +86,16 @@ async def test_the_reply_is_in_request_order_whatever_came_from_where(gateway: G
     np.testing.assert_array_equal(matrix(answer.entries), [model(text, CARD) for text in texts])
     assert answer.outcomes == [UPSTREAM, L1, UPSTREAM, L2, JOINED]
     assert answer.cached == 3
+
+
+async def test_l1_keeps_its_texts_however_many_prompts_a_model_has(gateway: Gateway) -> None:
+    gateway.store.connected = False
+    card = replace(CARD, prompts={str(number): f"{number}: " for number in range(MAX_SPACES + 1)})
+    gateway.catalog.adopt(card)
+    gateway.balancer.card = card
+    for name in card.prompts:
+        await embed(gateway, "a", prompt_name=name)
+    assert {(await embed(gateway, "a", prompt_name=name)).outcomes[0] for name in card.prompts} == {L1}
 
 
 async def test_two_requests_for_one_text_cost_one_computation(gateway: Gateway) -> None:
@@ -218,6 +230,12 @@ async def test_a_clear_by_another_gateway_empties_l1_at_the_next_look_into_l2(ga
     assert (await embed(gateway, "a")).outcomes == [UPSTREAM]
 
 
+async def test_a_clear_that_a_sibling_was_told_of_is_told_to_l2_too(gateway: Gateway) -> None:
+    gateway.metrics.board.raise_epoch(9)
+    gateway.fill.catch_up()
+    assert gateway.store.epoch == 9  # the sibling may be gone before Redis is back
+
+
 async def test_what_l2_found_before_a_clear_is_not_served_after_it(gateway: Gateway) -> None:
     await embed(gateway, "a")
     gateway.l1.clear()
@@ -240,6 +258,18 @@ async def test_a_new_fingerprint_starts_over_and_never_mixes(gateway: Gateway) -
     assert answer.card == OTHER_CARD
     np.testing.assert_array_equal(matrix(answer.entries), [model("old", OTHER_CARD), model("new", OTHER_CARD)])
     assert answer.outcomes == [UPSTREAM, L1], "the first reply was kept under its own fingerprint"
+
+
+async def test_a_prompt_that_says_something_else_under_the_same_fingerprint_is_another_prompt(gateway: Gateway) -> None:
+    await embed(gateway, "a", prompt_name="query")
+    reworded = replace(CARD, prompts={"query": "search_query: "})
+    task = await start(gateway, "b", prompt_name="query")
+    gateway.balancer.waiting[0].answer(reworded)  # kept under its own name, where the second attempt finds it
+    gateway.balancer.card = reworded
+    await task
+    answer = await embed(gateway, "a", "b", prompt_name="query")
+    prompt = "search_query: "
+    np.testing.assert_array_equal(matrix(answer.entries), [model("a", CARD, prompt), model("b", CARD, prompt)])
 
 
 async def test_replicas_that_keep_changing_are_told_as_unavailable(gateway: Gateway) -> None:

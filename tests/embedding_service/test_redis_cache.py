@@ -326,3 +326,26 @@ async def test_switched_off_it_opens_nothing_and_finds_nothing() -> None:
         assert await cache.get_many(0, [key(1)]) == {}
         assert await cache.clear(1) is None
         assert (cache.enabled, cache.connected) == (False, False)
+
+
+async def test_a_name_that_no_name_server_answers_for_is_asked_for_once_however_often_redis_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    async def never(host: str, *_: object, **__: object) -> None:
+        asked.append(host)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", never)
+    async with cache_at(1, host="redis-cache") as cache:
+        await cache._beat()
+        await cache._beat()
+    assert asked == ["redis-cache"]
+
+
+async def test_a_clear_that_only_a_sibling_was_told_of_reaches_redis_through_us(server: Server) -> None:
+    async with cache_at(server.port) as cache:
+        cache.raise_epoch(7)
+        await cache._beat()
+        assert await cache._redis.get(EPOCH_KEY) == b"7"
