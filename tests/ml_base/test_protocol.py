@@ -211,6 +211,38 @@ async def test_requests_sent_in_a_row_are_each_answered(server: Server) -> None:
     assert caller._reader._buffer.count(b"200 OK") == 21  # type: ignore[attr-defined]
 
 
+UPGRADE = HEAD.replace(b"host: x", b"host: x\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: h2c")
+CHUNKED = UPGRADE.replace(b"content-length: 5", b"transfer-encoding: chunked")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [UPGRADE + b"hello"],
+        [UPGRADE[:70], UPGRADE[70:] + b"he", b"llo"],
+        [UPGRADE, b"hello"],
+        [CHUNKED + b"2\r\nhe\r\n", b"3\r\nllo\r\n0\r\n\r\n"],
+    ],
+)
+async def test_a_request_that_asks_for_http_2_is_answered_in_http_1(server: Server, parts: list[bytes]) -> None:
+    caller = await server.connect()
+    for part in [*parts, *parts, UPGRADE + b"again" + UPGRADE + b"third"]:
+        await caller.send(part)
+    replies = bytes(caller._reader._buffer)  # type: ignore[attr-defined]
+    assert (replies.count(b"200 OK"), replies.count(b"hello"), replies.count(b"again")) == (4, 2, 1)
+
+
+async def test_nothing_is_read_while_requests_wait_behind_the_one_in_hand(server: Server) -> None:
+    server.gate.clear()
+    caller = await server.connect((HEAD + b"hello") * 2)
+    await caller.send((HEAD + b"hello") * 10)
+    (connection,) = server.state.connections
+    waiting = len(connection.pipeline)  # type: ignore[union-attr]
+    server.gate.set()
+    await caller.send(b"")
+    assert (waiting, caller._reader._buffer.count(b"200 OK")) == (1, 12)  # type: ignore[attr-defined]
+
+
 async def test_a_caller_that_leaves_with_a_request_in_hand_and_one_behind_it_breaks_nothing(server: Server) -> None:
     server.gate.clear()
     caller = await server.connect((HEAD + b'"abc"') * 2)
