@@ -13,14 +13,14 @@ import numpy as np
 from ml_base import errors, native
 from ml_base.batcher import Batcher, Observer
 from ml_base.slices import SliceLimits
-from ml_base.wire import Embedded
+from ml_base.wire import Embedded, Lane
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from ml_base.backends import Direction, Tokenized
     from ml_base.loading import LoadedModel
-    from ml_base.wire import Lane, TokenizedText
+    from ml_base.wire import TokenizedText
     from ml_base.worker import Worker
 
 CHUNK_TEXTS = 64
@@ -98,7 +98,7 @@ class ServedModel:
         async with time_limit(timeout_s):
             with self.batcher.admit(len(texts), lane=lane, deadline=deadline) as job:
                 for start, chunk in _chunks(texts):
-                    pieces = await self._tokenize(chunk, prompt, direction)
+                    pieces = await self._tokenize(chunk, prompt, direction, lane)
                     if not truncate:
                         self._refuse_truncated(start, pieces)
                     job.put(pieces)
@@ -108,9 +108,11 @@ class ServedModel:
         self._observer.truncated(sum(truncated))
         return Embedded(self.card, vectors, np.array(tokens, np.int32), np.array(truncated, np.bool_))
 
-    async def _tokenize(self, texts: Sequence[str], prompt: str, direction: Direction) -> list[Tokenized]:
+    async def _tokenize(self, texts: Sequence[str], prompt: str, direction: Direction, lane: Lane) -> list[Tokenized]:
+        """A text of 1 MB takes a second, and each job may have one in the row: a person waits for one, not for all."""
         return await self._tokenizing.run(
-            functools.partial(self._backend.tokenize, texts, prompt=prompt, direction=direction)
+            functools.partial(self._backend.tokenize, texts, prompt=prompt, direction=direction),
+            urgent=lane is Lane.INTERACTIVE,
         )
 
     async def tokenize(

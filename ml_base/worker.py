@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import queue
 import sys
@@ -14,6 +16,9 @@ from ml_base import errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeAlias
+
+    _Call: TypeAlias = tuple[Callable[[], Any], asyncio.Future[Any]]
 
 T = TypeVar("T")
 
@@ -30,7 +35,9 @@ class Worker:
         self._nice = nice
         self.running_since: float | None = None  # written by the thread, read by anyone: one reference, no lock
         self._clock = clock
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = queue.SimpleQueue()
+        # whether it can wait, its place in the row, and the call itself: None is the last
+        self._calls: queue.PriorityQueue[tuple[bool, int, _Call | None]] = queue.PriorityQueue()
+        self._places = itertools.count()
         self._pending: set[asyncio.Future[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -44,20 +51,26 @@ class Worker:
 
     async def __aexit__(self, *_: object) -> None:
         self._loop = None
-        self._calls.put(None)
+        self._put(None)
         for future in self._pending:
             if not future.done():
                 future.set_exception(errors.Unavailable("shutting down"))
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """The result of `work()`; if the caller is cancelled before its turn, `work` is never called."""
+    async def run(self, work: Callable[[], T], *, urgent: bool = False) -> T:
+        """The result of `work()`; if the caller is cancelled before its turn, `work` is never called.
+
+        What is urgent goes before all that is not.
+        """
         if self._loop is None:
             raise errors.Unavailable("not running")
         future: asyncio.Future[T] = self._loop.create_future()
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)
-        self._calls.put((work, future))
+        self._put((work, future), urgent=urgent)
         return await future
+
+    def _put(self, call: _Call | None, *, urgent: bool = False) -> None:
+        self._calls.put((not urgent, next(self._places), call))
 
     def running_for_s(self) -> float:
         """Age of the call that runs now, 0 when idle."""
@@ -66,17 +79,18 @@ class Worker:
 
     def _serve(self) -> None:
         _be_nice(self._nice)
-        while (call := self._calls.get()) is not None:
-            work, future = call
-            if future.done():  # its caller went away; a race here only costs one call
-                continue
-            self.running_since = self._clock()
-            result, error = _attempt(work)
-            self.running_since = None
-            try:
-                future.get_loop().call_soon_threadsafe(_settle, future, result, error)
-            except RuntimeError:  # the loop is closed: nobody is left to wait
-                return
+        while (call := self._calls.get()[-1]) is not None:
+            self._answer(*call)
+            del call  # else a model that was loaded, or used, stays in memory until the next call, unloaded or not
+
+    def _answer(self, work: Callable[[], Any], future: asyncio.Future[Any]) -> None:
+        if future.done():  # its caller went away; a race here only costs one call
+            return
+        self.running_since = self._clock()
+        result, error = _attempt(work)
+        self.running_since = None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to wait
+            future.get_loop().call_soon_threadsafe(_settle, future, result, error)
 
 
 def _be_nice(nice: int) -> None:

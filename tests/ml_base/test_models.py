@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -186,6 +188,16 @@ async def test_an_unloaded_model_keeps_its_card_in_the_list_and_is_loaded_again_
         after = await bench.embed("a", model="second")
     assert after.card == before.card
     assert bench.loader.asked == ["second", "second"]
+
+
+async def test_no_thread_holds_an_unloaded_model_when_the_heap_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+    async with serving() as bench:
+        await bench.embed("a", model="second")
+        model = weakref.ref(bench.loader.backends.pop("second"))
+        monkeypatch.setattr("ml_base.models.give_back", lambda: held.append((gc.collect(), model())[1]))
+        await bench.models.unload("second")
+    assert held == [None]
 
 
 async def test_the_default_model_cannot_be_unloaded() -> None:

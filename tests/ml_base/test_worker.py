@@ -26,6 +26,19 @@ async def test_calls_run_one_at_a_time_in_order_in_one_thread() -> None:
     assert len({thread for _, thread in seen}) == 1
 
 
+async def test_what_is_urgent_goes_before_what_can_wait() -> None:
+    gate = threading.Event()
+    ran: list[int] = []
+    async with Worker("w") as worker:
+        running = asyncio.create_task(worker.run(lambda: gate.wait(5)))
+        await until(lambda: worker.running_since is not None)
+        calls = [asyncio.create_task(worker.run(functools.partial(ran.append, n), urgent=n > 1)) for n in range(4)]
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(running, *calls)
+    assert ran == [2, 3, 0, 1]
+
+
 async def test_what_a_call_raises_reaches_its_caller_only() -> None:
     def fail() -> None:
         raise ZeroDivisionError
