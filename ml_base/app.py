@@ -146,6 +146,7 @@ class Replica:
         native.check_texts(
             request.texts, field="texts", max_texts=limits.max_texts, max_text_bytes=limits.max_text_bytes
         )
+        native.check_tokenizable(request.texts, field="texts")
         async with self.models.use(request.model_id) as model:
             texts = await model.tokenize(
                 request.texts, prompt_name=request.prompt_name, add_special_tokens=request.add_special_tokens

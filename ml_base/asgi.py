@@ -169,7 +169,7 @@ def answer_unknown_routes(app: FastAPI, *, words: Callable[[Scope], ErrorBody] =
 
     async def refuse(request: Request, refusal: HTTPException) -> Response:
         allowed = (refusal.headers or {}).get("allow") or (refusal.headers or {}).get("Allow")
-        problem = _wrong_method(request, allowed) if allowed is not None else _unknown_path(request)
+        problem = _wrong_method(request, allowed) if allowed is not None else _unknown_path(request.scope)
         status, body = words(request.scope)(problem, request.scope["state"]["request_id"])
         return Response(body, status, refusal.headers, "application/json")
 
@@ -193,8 +193,8 @@ def _wrong_method(request: Request, allowed: str) -> errors.WrongMethod:
     )
 
 
-def _unknown_path(request: Request) -> errors.UnknownPath:
-    path = request.scope["path"][:200]
+def _unknown_path(scope: Scope) -> errors.UnknownPath:
+    path = scope["path"][:200]
     return errors.UnknownPath(f"path: {path} is not served here; see /openapi.json", field="path", value=path)
 
 
@@ -242,12 +242,14 @@ class Edge:
             path = scope["path"] = path.rstrip("/") or "/"
         direct = self._direct.get(path) if scope["method"] == "POST" else None
         try:
-            if self._admit is not None:
-                try:
+            try:
+                if self._admit is not None:
                     self._admit(scope)
-                except errors.Problem as refusal:
-                    await send_problem(sender, refusal, request_id, error_body=self._words(scope))
-                    return
+                if path[-1:] == "\n" and path[:-1] in self._direct:  # the router would take it for the path without
+                    raise _unknown_path(scope)
+            except errors.Problem as refusal:
+                await send_problem(sender, refusal, request_id, error_body=self._words(scope))
+                return
             await (direct or self._app)(scope, receive, sender)
         finally:
             self._observe(scope, sender.status, time.perf_counter() - started)

@@ -129,7 +129,9 @@ class OpenAIDialect:
     async def embed(self, exchange: Exchange) -> None:
         """Raises `Problem`."""
         request = native.read(EmbeddingsRequest, exchange.body)
-        texts, lists = inputs.sort_out(request.input, field="input", max_texts=self._max_inputs)
+        texts, lists = inputs.sort_out(
+            request.input, field="input", max_texts=self._max_inputs, max_text_bytes=self._serving.max_text_bytes
+        )
         if lists:
             texts = await cl100k.decode(lists, field="input")
         if not self._accept_empty:

@@ -89,6 +89,7 @@ class TeiDialect:
         """Tokens by the served model's own tokenizer, at a replica. Raises `Problem`."""
         request = native.read(TokenizeRequest, exchange.body)
         texts = self._texts(request.inputs)
+        native.check_tokenizable(texts, field="inputs")
         card = await self._catalog.learn(request.model_id)
         prompt = card.prompt(request.prompt_name)
         body = {
@@ -123,7 +124,9 @@ class TeiDialect:
 
     def _texts(self, given: object) -> list[str]:
         serving = self._serving
-        texts, lists = inputs.sort_out(given, field="inputs", max_texts=serving.max_texts)
+        texts, lists = inputs.sort_out(
+            given, field="inputs", max_texts=serving.max_texts, max_text_bytes=serving.max_text_bytes
+        )
         if lists:  # TEI means the served model's own ids, as OpenAI means cl100k's: nobody could tell a mistake
             raise InvalidRequest(
                 "inputs: must be a string or a list of strings, got token ids", field="inputs", limit="strings"

@@ -137,6 +137,8 @@ BAD: dict[str, tuple[Any, int, str, str | None, str]] = {
     "too many token lists": ({"input": [[1]] * 201}, 400, "input", None, "at most 200 texts, got 201"),
     "too long": ({"input": ["a", "b" * 401]}, 400, "input[1]", None, "at most 400 bytes, got 401"),
     "no such token": ({"input": [[65], [100256]]}, 400, "input[1]", None, "100256 is no token id"),
+    "token ids without end": ({"input": [65] * 401}, 400, "input", None, "at most 400 token ids, got 401"),
+    "one such list": ({"input": [[65], [65] * 401]}, 400, "input[1]", None, "at most 400 token ids, got 401"),
     "negative token": ({"input": [-1]}, 400, "input", None, "-1 is no token id"),
     "dimensions": ({"input": "a", "dimensions": 1536}, 400, "dimensions", None, "model has 4, got 1536"),
     "dimensions 0": ({"input": "a", "dimensions": 0}, 400, "dimensions", None, "got 0"),

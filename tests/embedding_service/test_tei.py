@@ -122,6 +122,12 @@ async def test_special_tokens_may_be_left_out(client: Client) -> None:
     assert [token["text"] for token in tokens] == ["hello"]
 
 
+async def test_no_more_is_tokenized_than_a_reply_could_tell_of(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "MAX_TOKENIZE_BYTES", 10)
+    reply = await client.tei(["hello", "again", "x"], "/tokenize")
+    assert (reply.status_code, reply.json()["field"], reply.json()["limit"]) == (413, "inputs", 10)
+
+
 @pytest.mark.parametrize(("fields", "status"), [({"inputs": []}, 400), ({}, 422), ({"inputs": "a", "model": "x"}, 404)])
 async def test_what_cannot_be_tokenized_is_told_as_in_teis_other_routes(
     client: Client, fields: dict[str, Any], status: int

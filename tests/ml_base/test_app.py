@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
+from ml_base import native
 from ml_base.app import Replica, create_app
 from ml_base.config import Settings
 from ml_base.loading import ModelUnavailableError
@@ -394,6 +395,12 @@ async def test_what_cannot_be_tokenized_is_refused_in_json_that_names_the_field(
     async with serving(MAX_TEXTS=5, MAX_TEXT_BYTES=100) as served:
         reply = await served.post("/tokenize", body)
     assert (reply.status_code, reply.json()["field"]) == (status, field)
+
+
+async def test_more_text_than_a_reply_could_tell_of_is_not_tokenized() -> None:
+    async with serving() as served:
+        reply = await served.post("/tokenize", {"texts": ["a" * (native.MAX_TOKENIZE_BYTES // 2)] * 3})
+    assert (reply.status_code, reply.json()["limit"]) == (413, native.MAX_TOKENIZE_BYTES)
 
 
 async def test_a_model_is_loaded_and_unloaded_by_name_and_the_reply_is_the_list() -> None:

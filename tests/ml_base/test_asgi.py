@@ -236,6 +236,11 @@ async def test_unknown_paths_and_methods_are_refused_in_json_that_names_them() -
     assert wrong.json()["request_id"] == wrong.headers["x-request-id"]
 
 
+async def test_a_line_end_behind_a_path_does_not_reach_what_only_stands_in_the_document() -> None:
+    reply = await Watched().request("POST", "/raw%0A")
+    assert (reply.status_code, reply.json()["field"], reply.json()["value"]) == (404, "path", "/raw\n")
+
+
 async def test_a_raw_route_stands_in_the_openapi_document() -> None:
     document = (await Watched().request("GET", "/openapi.json")).json()
     assert document["paths"]["/raw"]["post"]["description"] == "What the document says."
