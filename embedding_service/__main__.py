@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
-from embedding_service.board import Board
+from embedding_service.board import Board, withdraw
 from embedding_service.config import Settings, SettingsError, from_environment
 from embedding_service.workers import Supervisor
 from ml_base.listening import bind
@@ -33,11 +34,13 @@ def main() -> None:
 
 
 async def _supervise(settings: Settings, listener: socket.socket) -> int:
+    board_fd = Board.file()
     supervisor = Supervisor(
         listener=listener,
-        board_fd=Board.file(),
+        board_fd=board_fd,
         workers=settings.workers,
         stop_within_s=settings.drain_s + settings.stop_s + CLOSE_S,
+        ended=partial(withdraw, board_fd),
     )
     return await supervisor.run()
 

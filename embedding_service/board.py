@@ -1,12 +1,14 @@
 """Numbers that all gateway processes of one listening socket share: one mapped file of 64-bit integers, no locks.
 
 Each process writes only the row of its own slot; anyone reads the sum over all rows. A process that dies leaves its row
-as it was, and its successor in that slot counts on from there. Cell 0 of the file is the epoch of the last clear, the
-one number that every process may write: it is a time that only grows, so two clears at once end in the later one.
+as it was, but for its gauges (`withdraw`), and its successor in that slot counts on from there. Cell 0 of the file is
+the epoch of the last clear, the one number that every process may write: it is a time that only grows, so two clears
+at once end in the later one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -14,6 +16,9 @@ import tempfile
 _CELL_BYTES = 8
 _EPOCH = 0
 _HEADER_CELLS = 1
+
+FIELDS = 512  # of a row of the gateway's figures, which take about two hundred and fifty
+GAUGES = 64  # of them, the last: what a process holds, as against what it has counted
 
 
 class Board:
@@ -61,3 +66,10 @@ class Board:
     def total(self, field: int) -> int:
         """The sum over all processes, dead ones included."""
         return sum(self._all[_HEADER_CELLS + slot * self._fields + field] for slot in range(self._slots))
+
+
+def withdraw(fd: int, slot: int) -> None:
+    """For a process that has ended, however: what it counted stays, what it held is no more."""
+    start = _HEADER_CELLS + (slot + 1) * FIELDS - GAUGES
+    with contextlib.suppress(OSError):  # no room on the disk: then it wrote nothing there either
+        os.pwrite(fd, bytes(_CELL_BYTES * GAUGES), _CELL_BYTES * start)  # not mapped: descriptors may have run out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping  # noqa: TC003 - pydantic reads the annotation
 from typing import Annotated, Literal
 
@@ -135,12 +136,16 @@ class Settings(BaseSettings):
             raise ValueError(f"MAX_TEXT_BYTES {self.max_text_bytes} is above MAX_BODY_BYTES {self.max_body_bytes}")
         return self
 
+    def ml_base_shown(self) -> str:
+        """`ml_base_url` without the name and the password that it may hold."""
+        return re.sub("//[^/]*@", "//", self.ml_base_url)
+
     def public(self) -> dict[str, object]:
         """The effective configuration by variable name, secrets hidden."""
         return {
             field.alias or name: "***" if isinstance(value := getattr(self, name), SecretStr) else value
             for name, field in type(self).model_fields.items()
-        }
+        } | {"ML_BASE_URL": self.ml_base_shown()}
 
 
 def parse_aliases(text: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ import enum
 import time
 from bisect import bisect_left
 from collections import Counter as Tally
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import generate_latest
 
-from embedding_service.board import Board
+from embedding_service.board import FIELDS, Board
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,7 +46,6 @@ STATUSES = (200, 400, 401, 403, 404, 405, 408, 413, 422, 424, 429, 499, 500, 503
 _OTHER_STATUS = "other"
 _BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _MICRO = 1_000_000
-_MAX_FIELDS = 512  # of a row: the series below take about two hundred
 
 
 class Outcome(enum.StrEnum):
@@ -117,17 +117,30 @@ class Durations:
         self.micros.inc(int(duration_s * _MICRO))
 
 
+@dataclass(slots=True)
+class _Tally:
+    figure: Figure
+    read: Callable[[], int]
+    seen: int = 0
+
+    def catch_up(self) -> None:
+        now = self.read()
+        self.figure.inc(now - self.seen)
+        self.seen = now
+
+
 class Metrics:
     """All figures of one gateway process; `board` shares them with its siblings."""
 
     def __init__(self, board: Board | None = None) -> None:
-        self.board = board if board is not None else Board(fields=_MAX_FIELDS)
+        self.board = board if board is not None else Board(fields=FIELDS)
         self.started_at = time.monotonic()
         self._fields = 0
         self._counters: list[tuple[str, str, Sequence[str], dict[tuple[str, ...], Figure]]] = []
         self._histograms: list[tuple[str, str, Sequence[str], dict[tuple[str, ...], Durations]]] = []
         self._worsts: list[tuple[str, str, Worst]] = []
         self._gauges: list[tuple[str, str, Figure, Callable[[], float]]] = []
+        self._tallies: list[_Tally] = []
 
         self.requests = self._counter("embed_requests", "Embedding requests, whatever became of them.")
         self.outcomes = {
@@ -199,12 +212,20 @@ class Metrics:
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> Figure:
         """A figure that its owner keeps anyway: copied to the board by `publish`."""
-        figure = self._figure()
+        figure = Figure(self.board, FIELDS - 1 - len(self._gauges))  # at the end of the row, where `withdraw` clears
         self._gauges.append((name, text, figure, read))
+        return figure
+
+    def tally(self, name: str, text: str, read: Callable[[], int]) -> Figure:
+        """A counter that its owner keeps anyway, from 0: `publish` adds what has come to it since the last time."""
+        figure = self._counter(name, text)
+        self._tallies.append(_Tally(figure, read))
         return figure
 
     def publish(self) -> None:
         """Copies this process's gauges to where its siblings can see them."""
+        for tally in self._tallies:
+            tally.catch_up()
         for _, _, figure, read in self._gauges:
             figure.set(int(read()))
 
@@ -298,4 +319,4 @@ class Metrics:
 
 def shared_board(*, fd: int, slots: int, slot: int) -> Board:
     """The board of a gateway of several processes, as one of them sees it."""
-    return Board(fields=_MAX_FIELDS, slots=slots, slot=slot, fd=fd)
+    return Board(fields=FIELDS, slots=slots, slot=slot, fd=fd)

@@ -55,13 +55,13 @@ class Service:
 
     def __post_init__(self) -> None:
         """Shows figures that their owners already keep."""
-        l1, gauge = self.l1, self.metrics.gauge
+        l1, gauge, tally = self.l1, self.metrics.gauge, self.metrics.tally
         self.l1_figures = {
             "size": gauge("l1_entries", "Vectors in L1.", lambda: len(l1)),
             "max_size": gauge("l1_max_entries", "Most vectors that L1 may hold.", lambda: l1.max_entries),
             "bytes": gauge("l1_bytes", "Memory of the vectors in L1.", lambda: l1.bytes),
-            "evictions": gauge("l1_evictions", "Vectors pushed out of L1 by newer ones.", lambda: l1.evictions),
-            "expired": gauge("l1_expired", "Vectors found in L1 past their time.", lambda: l1.expired),
+            "evictions": tally("l1_evictions", "Vectors pushed out of L1 by newer ones.", lambda: l1.evictions),
+            "expired": tally("l1_expired", "Vectors found in L1 past their time.", lambda: l1.expired),
         }
         gauge("l2_enabled", "1 unless REDIS_ENABLED is false.", lambda: self.store.enabled)
         gauge("l2_connected", "1 while Redis is in use.", lambda: self.store.connected)
@@ -111,5 +111,5 @@ class Service:
         """Why a text that is not cached would not be answered; empty if it would."""
         reasons = self.unready()
         if not self.catalog.reachable:
-            reasons.append(f"no replica answers at {self.settings.ml_base_url}")
+            reasons.append(f"no replica answers at {self.settings.ml_base_shown()}")
         return reasons

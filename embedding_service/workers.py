@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +70,22 @@ class _Worker:
 
 
 class Supervisor:
-    """Keeps `workers` workers until SIGTERM or SIGINT, then drains them all at once; replaces them at SIGHUP."""
+    """Keeps `workers` workers until SIGTERM or SIGINT, then drains them all at once; replaces them at SIGHUP.
 
-    def __init__(self, *, listener: socket.socket, board_fd: int, workers: int, stop_within_s: float) -> None:
+    `ended(row)` is called once for each that is no more.
+    """
+
+    def __init__(
+        self,
+        *,
+        listener: socket.socket,
+        board_fd: int,
+        workers: int,
+        stop_within_s: float,
+        ended: Callable[[int], None],
+    ) -> None:
         self._wanted = workers
+        self._ended = ended
         self._stop_within_s = stop_within_s
         self._lifeline_fd, self._own_end_fd = os.pipe()  # nobody writes; the kernel closes our end if we die
         self._fds = (listener.fileno(), board_fd, self._lifeline_fd)
@@ -214,6 +227,7 @@ class Supervisor:
             self._kill(worker)
             await worker.process.wait()
         self._workers.remove(worker)
+        self._ended(worker.row)
         self._free_rows.append(worker.row)
         worker.over.set()
 

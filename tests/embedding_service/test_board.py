@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from embedding_service.board import Board
+from embedding_service.board import FIELDS, GAUGES, Board, withdraw
 from embedding_service.metrics import Metrics, Outcome, shared_board
 
 if TYPE_CHECKING:
@@ -63,6 +63,15 @@ def test_metrics_of_all_processes_are_written_out_as_one(fd: int) -> None:
         assert line in text
 
 
+def test_what_a_cache_counted_is_never_less_though_its_process_ends(fd: int) -> None:
+    for _ in range(2):  # the second is the successor of the first, in its row
+        metrics = Metrics(shared_board(fd=fd, slots=2, slot=0))
+        metrics.tally("l1_evictions", "Vectors pushed out of L1.", lambda: 5)
+        metrics.publish()
+        metrics.withdraw()
+    assert "embedding_l1_evictions_total 10.0" in metrics.exposition().decode()
+
+
 def test_gauges_of_all_processes_add_up_once_published(fd: int) -> None:
     one, other = (Metrics(shared_board(fd=fd, slots=2, slot=slot)) for slot in range(2))
     for metrics, value in ((one, 3), (other, 4)):
@@ -80,3 +89,17 @@ def test_a_process_that_ends_leaves_its_counts_and_takes_its_gauges_along(fd: in
     assert held[0].total == 10
     one.withdraw()
     assert (held[0].total, other.requests.total) == (5, 2)
+
+
+def test_what_a_killed_process_held_is_taken_off_the_board_and_what_it_counted_is_not(fd: int) -> None:
+    killed, other = (Metrics(shared_board(fd=fd, slots=2, slot=slot)) for slot in range(2))
+    for metrics in (killed, other):
+        held = metrics.gauge("held", "What is held.", lambda: 5)
+        metrics.publish()
+        metrics.requests.inc()
+    withdraw(fd, 0)
+    assert (held.total, other.requests.total) == (5, 2)
+
+
+def test_no_counter_lies_where_gauges_do() -> None:
+    assert Metrics()._fields <= FIELDS - GAUGES

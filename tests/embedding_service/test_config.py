@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from embedding_service.app import build_service
 from embedding_service.config import Settings, SettingsError, from_environment
+from embedding_service.metrics import Metrics
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,3 +100,9 @@ def test_a_missing_file_of_keys_stops_the_start(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("API_KEYS_FILE", "/nowhere/keys")
     with pytest.raises(SettingsError, match="API_KEYS_FILE: cannot read /nowhere/keys: No such file"):
         from_environment()
+
+
+def test_a_password_in_the_balancers_url_is_shown_to_nobody() -> None:
+    settings = Settings(ml_base_url="https://gateway:s3c@ret@balancer:8887")
+    assert settings.public()["ML_BASE_URL"] == "https://balancer:8887"
+    assert build_service(settings, Metrics()).unhealthy()[-1] == "no replica answers at https://balancer:8887"

@@ -99,6 +99,16 @@ def test_either_worker_speaks_for_both_and_a_dead_ones_counts_are_kept(gateway: 
     assert {gateway.failed_texts() for _ in range(10)} == {25}
 
 
+def test_what_a_worker_held_goes_with_it_though_it_was_killed(gateway: Gateway) -> None:
+    def most() -> int:
+        return int(gateway.call("GET", "/cache/stats")[1]["l1"]["max_size"])
+
+    until(lambda: most() == 100_000, "both workers have said what they hold")
+    os.kill(gateway.workers()[0], signal.SIGKILL)
+    until(lambda: most() == 50_000, "what the dead one held is off the board")
+    until(lambda: most() == 100_000, "its successor has said so too")
+
+
 def test_sigterm_drains_all_workers_and_exits_with_0(gateway: Gateway) -> None:
     workers = gateway.workers()
     gateway.process.terminate()
@@ -136,7 +146,10 @@ def test_while_no_process_can_be_started_the_workers_that_are_there_serve_on(gat
 async def test_a_first_worker_that_cannot_start_ends_the_gateway(unused_port: int) -> None:
     with socket.create_server(("127.0.0.1", unused_port)) as listener:
         no_board = listener.fileno()
-        assert await Supervisor(listener=listener, board_fd=no_board, workers=1, stop_within_s=1).run() == 1
+        ended: list[int] = []
+        supervisor = Supervisor(listener=listener, board_fd=no_board, workers=1, stop_within_s=1, ended=ended.append)
+        assert await supervisor.run() == 1
+        assert ended == [0]
 
 
 def test_a_port_in_use_is_one_line(gateway: Gateway) -> None:
