@@ -11,6 +11,7 @@ Breaker: a connection error, or two failures in a row, takes Redis out of use; t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
@@ -22,10 +23,10 @@ from redis.asyncio import BlockingConnectionPool, Connection, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 from embedding_service.entry import Entry, pack, unpack
-from ml_base.wire import ModelCard, WireError
+from ml_base.wire import INTERACTIVE_MAX_TEXTS, ModelCard, WireError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -60,7 +61,8 @@ _FAILURES = (RedisError, OSError, TimeoutError)
 class RedisCache:
     """The shared tier. As a context manager it owns its connections, the heartbeat and the writer.
 
-    No method raises, and none waits longer than `timeout_s` but `clear`, which takes as long as the scan does.
+    No method raises. No question to Redis takes longer than `timeout_s` but `clear`, which takes as long as the scan
+    does; a look-up may have to wait for others before it is asked.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class RedisCache:
         self._writes_waiting = asyncio.Event()
         self._look_ups: deque[_LookUp] = deque()
         self._reads = 0
+        self._few_go_first = False
         self._reading: dict[asyncio.Task[None], list[_LookUp]] = {}
         self._closing = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -148,7 +151,13 @@ class RedisCache:
             task.add_done_callback(self._reading.pop)
 
     def _next_batch(self) -> list[_LookUp]:
-        """Look-ups in order, of one epoch, up to the keys of one read, at least one."""
+        """Look-ups in order, of one epoch, up to the keys of one read, at least one.
+
+        In every other batch those of few keys go first: where Redis is slow, people would wait for all earlier jobs.
+        """
+        self._few_go_first = not self._few_go_first
+        if self._few_go_first:
+            self._look_ups = deque(sorted(self._look_ups, key=lambda one: len(one.keys) > INTERACTIVE_MAX_TEXTS))
         batch = [self._look_ups.popleft()]
         keys = len(batch[0].keys)
         while (
@@ -181,10 +190,10 @@ class RedisCache:
         for key, stored in zip(keys, replies[1:], strict=True):
             if stored is None:
                 continue
-            entry = unpack(key, stored, now=now)
+            entry = unpack(key, stored, now=0)
             if entry is None:
                 self._metrics.l2_rejected.inc()
-            else:
+            elif entry.expires_at > now:  # else over, and no damage: Redis is told whole seconds by its own clock
                 found[key] = entry
         return found
 
@@ -210,7 +219,8 @@ class RedisCache:
         if not self.connected:
             return None
         try:
-            await self._write_epoch()
+            with contextlib.suppress(OutOfMemoryError):  # full, and evicts nothing: what is unlinked now makes room
+                await self._write_epoch()
             removed = 0
             batch: list[bytes] = []
             async for name in self._redis.scan_iter(match=PREFIX + b"entry:*", count=1000):
@@ -218,10 +228,12 @@ class RedisCache:
                 if len(batch) >= 1000:  # noqa: PLR2004 - as many as one SCAN step names
                     removed += await self._redis.unlink(*batch)
                     batch.clear()
-            return removed + (await self._redis.unlink(*batch) if batch else 0)
+            removed += await self._redis.unlink(*batch) if batch else 0
+            await self._write_epoch()
         except _FAILURES as failure:
             self._failed("set", failure)
             return None
+        return removed
 
     async def remember(self, cards: Sequence[ModelCard]) -> None:
         """Keeps the cards, so that a gateway started while no replica is up can serve what is cached.
@@ -251,8 +263,16 @@ class RedisCache:
         return await cast("Awaitable[dict[bytes, bytes]]", self._redis.hgetall(CARDS_KEY.decode()))
 
     async def _mget(self, names: list[bytes], operation: str, limit_s: float) -> list[bytes | None] | None:
+        return await self._guard(operation, lambda: self._values(names), limit_s)
+
+    async def _values(self, names: list[bytes]) -> list[bytes | None]:
+        """Raises `RedisError`, also for one in the midst of the list: a proxy says so of names it cannot reach."""
         # the library types replies as text or bytes; they are bytes unless decoding is asked for
-        return cast("list[bytes | None] | None", await self._guard(operation, lambda: self._redis.mget(names), limit_s))
+        replies = cast("list[Any]", await self._redis.mget(names))
+        for reply in replies:
+            if isinstance(reply, RedisError):
+                raise reply
+        return replies
 
     async def _guard(self, operation: str, call: Callable[[], Awaitable[T]], limit_s: float) -> T | None:
         if not self.connected and operation != "ping":

@@ -24,6 +24,7 @@ from embedding_service.errors import (
     Unavailable,
     UnknownModel,
 )
+from embedding_service.seldom import Seldom
 from ml_base.wire import (
     BINARY_TYPE,
     PRIORITY_HEADER,
@@ -63,6 +64,7 @@ class Replicas:
         self._balancer = balancer
         self._metrics = metrics
         self._ejections = Ejections()
+        self._tell_nonsense = Seldom(log.error)
 
     def __repr__(self) -> str:
         return f"<Replicas {self._ejections!r}>"
@@ -195,8 +197,7 @@ class Replicas:
         try:
             return replica, read(reply)
         except WireError as nonsense:
-            # no trace: it says no more
-            log.error("replica %s broke the contract of %s: %s", replica, path, nonsense)  # noqa: TRY400
+            self._tell_nonsense("replica %s broke the contract of %s: %s", replica, path, nonsense)
             raise Broken(InferenceFailed("a replica sent an unusable reply"), replica) from None
 
 

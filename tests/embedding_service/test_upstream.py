@@ -325,3 +325,16 @@ async def test_a_model_the_replicas_do_not_have_is_unknown() -> None:
     gateway.balancer.fails_with = (404, b'{"error": "model_id: gone", "field": "model_id"}')
     with pytest.raises(UnknownModel, match="gone"):
         await gateway.replicas.probe("gone")
+
+
+@pytest.mark.parametrize("answer", [(503, b"{}"), (200, b"nonsense")])
+async def test_an_outage_under_load_leaves_a_few_lines_in_the_log(
+    answer: tuple[int, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    gateway = Gateway()
+    gateway.balancer.fails_with = answer
+    tasks = [await start(gateway, str(number)) for number in range(500)]
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert len(gateway.balancer.sent) >= 500
+    assert len(caplog.records) < 50
