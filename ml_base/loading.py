@@ -129,6 +129,9 @@ def load_with(loader: Loader, source: Source, options: LoadOptions, bounds: warm
     started, before = time.perf_counter(), resident_bytes()
     try:
         loaded = loader(source.location, options)
+        loaded_at = time.perf_counter()
+        tokens = _warm(loaded, options, bounds)  # a model that torch opens may still fail on a text of some length
+        [probe] = loaded.embed(loaded.tokenize(["dimension"], prompt="", direction="right"))
     except UnsupportedModelError as unsupported:
         raise ModelUnavailableError(f"model {source.id}: {unsupported}") from None
     except Exception as problem:
@@ -137,9 +140,6 @@ def load_with(loader: Loader, source: Source, options: LoadOptions, bounds: warm
             f"model {source.id!r} cannot be loaded from the {source.found_as}: "
             f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0][:300]}"
         ) from None
-    loaded_at = time.perf_counter()
-    tokens = _warm(loaded, options, bounds)
-    [probe] = loaded.embed(loaded.tokenize(["dimension"], prompt="", direction="right"))
     give_back()
     model = LoadedModel(
         _card(source.id, loaded, len(probe)), loaded, tokens, memory_bytes=max(0, resident_bytes() - before)

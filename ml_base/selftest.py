@@ -64,7 +64,12 @@ def vectors(backend: Backend) -> Vectors:
 
 def check(backend: Backend, expected: Vectors) -> float:
     """The lowest cosine to the reference. Raises `UnsupportedModelError` below the floor of the backend's dtype."""
-    found, floor = likeness(vectors(backend), expected), FLOOR[backend.dtype]
+    try:
+        found, floor = likeness(vectors(backend), expected), FLOOR[backend.dtype]
+    except Exception as problem:  # whatever a converted model may lack, or be given too much of
+        raise UnsupportedModelError(
+            f"the self-test of {backend.name} in {backend.dtype} broke: {type(problem).__name__}: {problem}"
+        ) from problem
     if not found.reaches(floor):
         raise UnsupportedModelError(
             f"the self-test of {backend.name} in {backend.dtype} found cosines of {found.lowest:.5f} (lowest) and "

@@ -73,8 +73,11 @@ class OpenVinoBackend(TorchBackend):
         else:
             reference = partial(selftest.vectors, self)
             folder = converted(model, cache_dir / place, reference=reference, quantize=quantize)
+            self._take_tokenizer()
         self.reference: selftest.Vectors = np.load(folder / _REFERENCE, allow_pickle=False)
         self._replace_transformer(_compile(folder, threads=threads, precision=precision))
+        if precision != dtype:  # one conversion for every CPU, but vectors of its own: up to 0.002 of cosine apart
+            self._identity += precision.encode()
         self.dtype = dtype
         self.grid = Grid.up_to(self.max_tokens)
 
@@ -119,6 +122,8 @@ def converted(
 
     `reference` is called while `model` still computes with torch.
     """
+    if _intact(folder):  # it may lie where nobody may write, not even a lock
+        return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock")):

@@ -104,8 +104,7 @@ class TorchBackend:
         self._model = model.float().eval()
         self._tokenizer = _fast_tokenizer(model)
         self._raw = self._tokenizer.backend_tokenizer  # a third of the tokenizer's own cost for one short text
-        self._raw.no_padding()
-        self._raw.no_truncation()
+        self._take_tokenizer()
         self._tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # padding apart is on purpose
         self._excludes_prompt = any(not getattr(module, "include_prompt", True) for module in model.children())
         self._prompt_tokens: dict[str, int] = {}
@@ -118,6 +117,11 @@ class TorchBackend:
 
     def __repr__(self) -> str:
         return f"<TorchBackend {self.dtype} on {self._device} max_tokens={self.max_tokens}>"
+
+    def _take_tokenizer(self) -> None:
+        """What sentence-transformers tokenizes itself leaves its padding and its cut in the tokenizer."""
+        self._raw.no_padding()
+        self._raw.no_truncation()
 
     def identity(self) -> bytes:
         return self._identity
@@ -215,7 +219,8 @@ class TorchBackend:
     def _measure_prompt(self, prompt: str) -> int:
         """Leading tokens of a prompt, without the special token that ends it: as sentence-transformers counts them."""
         if prompt not in self._prompt_tokens:
-            ids = self._raw.encode(prompt).ids[: self.max_tokens]
+            [encoding] = self._encode_cut([prompt], "right")
+            ids = encoding.ids
             self._prompt_tokens[prompt] = len(ids) - (ids[-1] in self._tokenizer.all_special_ids)
         return self._prompt_tokens[prompt]
 

@@ -73,6 +73,16 @@ def test_whatever_a_library_raises_while_loading_is_one_line_for_the_operator() 
     assert str(refused.value) == "model 'some/model' cannot be loaded from the model hub: OSError: not found"
 
 
+def test_a_model_that_loads_but_cannot_compute_is_one_line_for_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_long(_: object) -> None:
+        raise IndexError("index 66 is out of bounds")
+
+    backend = FakeBackend()
+    monkeypatch.setattr(backend, "model", too_long)
+    with pytest.raises(ModelUnavailableError, match=r"^model 'some/model' cannot be loaded .*: IndexError: index 66"):
+        loading.load_with(loader(backend), HUB, OPTIONS, BOUNDS)
+
+
 def test_a_loaded_model_is_warm_and_knows_its_dimension() -> None:
     backend = FakeBackend()
     card = loading.load_with(loader(backend), HUB, OPTIONS, BOUNDS).card

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ml_base.backends import Backend
+    from ml_base.backends import Backend, Direction
 
 LOCATION = resolve("all-MiniLM-L6-v2").location
 TEXTS = ["", "hello", "two words", "Ünïcode ☃ 日本語", "a paragraph of text, as people write it. " * 6, "word " * 600]
@@ -88,9 +88,22 @@ def test_backends_and_dtypes_have_fingerprints_of_their_own(cache_dir: Path) -> 
     torch, openvino = TorchBackend(model()), auto.load_openvino(LOCATION, options(cache_dir, "float32"))
     int8 = auto.load_openvino(LOCATION, options(cache_dir, "int8"))
     assert len({torch.identity(), openvino.identity(), int8.identity()}) == 3
-    folders = {hashlib.sha256(backend.identity()).hexdigest()[:32] for backend in (openvino, int8)}
+    converted_as = (openvino.identity(), int8.identity().removesuffix(auto.fastest_dtype(auto._CPUINFO).encode()))
+    folders = {hashlib.sha256(identity).hexdigest()[:32] for identity in converted_as}
     assert folders <= {folder.name for folder in (cache_dir / "openvino").iterdir()}
     assert auto.load_openvino(LOCATION, options(cache_dir, "float32")).identity() == openvino.identity()
+
+
+def test_int8_on_cpus_with_and_without_bfloat16_has_one_conversion_and_two_fingerprints(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identities, folders = set(), []
+    for rest in ("bfloat16", "float32"):
+        monkeypatch.setattr(auto, "fastest_dtype", lambda _, rest=rest: rest)
+        identities.add(auto.load_openvino(LOCATION, options(cache_dir, "int8")).identity())
+        folders.append(sorted(cache_dir.glob("openvino/*/model.xml")))
+    assert len(identities) == 2
+    assert folders[0] == folders[1]
 
 
 def test_a_model_is_converted_once_however_many_replicas_start(
@@ -101,6 +114,17 @@ def test_a_model_is_converted_once_however_many_replicas_start(
         folders = list(replicas.map(lambda _: convert(source, tmp_path / "digest"), range(3)))
     assert len(set(folders)) == 1
     assert sum("converted" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("direction", ["left", "right"])
+def test_a_model_converted_just_now_reads_texts_like_one_that_was_found_converted(
+    tiny: Path, tmp_path: Path, direction: Direction
+) -> None:
+    just_now, found = (auto.load_openvino(str(tiny), options(tmp_path)) for _ in range(2))
+    texts = ["one", "start " * 60 + "end " * 60]
+    pieces = just_now.tokenize(texts, prompt="", direction=direction)
+    assert pieces == found.tokenize(texts, prompt="", direction=direction)
+    assert [(len(piece), piece.tokens, piece.truncated) for piece in pieces] == [(3, 3, False), (64, 122, True)]
 
 
 def test_what_nobody_reads_is_not_converted(tiny_converted: Path) -> None:
@@ -161,6 +185,18 @@ def test_what_openvino_cannot_compute_is_refused_by_name(tiny: Path, tmp_path: P
         auto.load_openvino(str(tiny), LoadOptions(local=True, threads=1, cache_dir=tmp_path, device="cuda"))
 
 
+def test_what_is_converted_but_cannot_be_computed_is_left_to_torch_and_the_log_says_why(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unnamed(backend: Any, _: object) -> None:
+        """An input that tracing lost the name of, as it does for Bloom and Mamba."""
+        backend._model[0].forward = lambda features: features["45"]
+
+    monkeypatch.setattr(OpenVinoBackend, "_replace_transformer", unnamed)
+    assert auto.load(str(tiny), options(tmp_path)).name == "torch"
+    assert "torch float32 is used: the self-test of openvino in float32 broke: KeyError: '45'" in caplog.text
+
+
 def _flip_pooling(broken: Any) -> None:
     broken[1].pooling_mode = ("cls",)
 
@@ -200,6 +236,18 @@ def test_no_number_at_all_is_no_match() -> None:
 @pytest.mark.parametrize(("lowest", "mean", "enough"), [(0.9, 0.95, True), (0.89, 0.99, False), (0.92, 0.94, False)])
 def test_both_the_worst_text_and_the_average_have_a_floor(lowest: float, mean: float, enough: bool) -> None:
     assert selftest.Likeness(lowest, mean).reaches(selftest.Likeness(0.9, 0.95)) is enough
+
+
+def test_a_conversion_where_nobody_may_write_is_used(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto.load_openvino(str(tiny), options(tmp_path))
+
+    def read_only(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("ml_base.backends.openvino._locked", read_only)
+    assert auto.load(str(tiny), options(tmp_path)).name == "openvino"
 
 
 def test_without_a_place_for_the_conversion_torch_serves_and_says_why(

@@ -121,6 +121,16 @@ def test_a_model_that_leaves_its_prompt_out_of_pooling_does_so_here(direction: D
     assert np.abs(pooled[0] - embed(backend, ["hello"], prompt="")[0]).max() > 0.01
 
 
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_a_prompt_that_leaves_no_room_for_the_text_leaves_out_what_encode_leaves_out(pooling: str) -> None:
+    reference, model = fresh(), fresh()
+    for each in (reference, model):
+        each.set_pooling_include_prompt(include_prompt=False)
+        each[1].pooling_mode = pooling
+    prompt = PROMPT * 100
+    assert_equal(embed(TorchBackend(model), ["hello"], prompt=prompt), reference.encode(["hello"], prompt=prompt))
+
+
 def test_texts_with_and_without_a_prompt_may_share_a_slice() -> None:
     model = fresh()
     model.set_pooling_include_prompt(include_prompt=False)
