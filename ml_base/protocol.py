@@ -11,13 +11,14 @@ import enum
 import logging
 import secrets
 import sys
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from ml_base import native
 
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence, Sized
     from typing import Self, TypeAlias
 
-    from uvicorn._types import ASGI3Application
-    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+    from uvicorn._types import ASGI3Application, ASGISendEvent
 
     WriteWhole: TypeAlias = Callable[[bytes, Sequence[bytes]], bool]
     """See `LimitedProtocol._write_whole`."""
@@ -58,6 +58,8 @@ class Limits:
     """For a body to arrive: the largest (32 MiB) takes this long at 4.5 Mbit/s."""
     body_bytes: int = 32 << 20
     """Of what the routes accept. Twice that may come over the wire: room for chunk headers, not for endless ones."""
+    rest_s: float = 30.0
+    """For a caller that has been refused to end what it sends, and to read why."""
     unread_s: float = 30.0
     """For a caller that has stopped taking its reply, which is held in memory meanwhile."""
 
@@ -72,6 +74,29 @@ class _Waits(enum.Enum):
     HEAD = enum.auto()
     BODY = enum.auto()
     READER = enum.auto()
+    REST = enum.auto()
+
+
+class _Outlet:
+    """What a request writes its reply to: the transport, but for how it is closed."""
+
+    __slots__ = ("_protocol", "_transport", "write")
+
+    def __init__(self, protocol: LimitedProtocol, transport: asyncio.Transport) -> None:
+        self._protocol: LimitedProtocol | None = protocol
+        self._transport = transport
+        self.write = transport.write
+
+    def is_closing(self) -> bool:
+        return self._protocol is None or self._protocol.is_ending()
+
+    def close(self) -> None:
+        if self._protocol is not None:
+            self._protocol.end()
+
+    def forget(self) -> None:
+        """A request leads here and a connection to its requests: a ring, once the connection is lost."""
+        self._protocol = None
 
 
 class _OneByOne(FlowControl):
@@ -90,6 +115,17 @@ class _OneByOne(FlowControl):
             super().resume_reading()
 
 
+async def _send_expected(cycle: RequestResponseCycle, message: ASGISendEvent) -> None:
+    """Closes the connection behind a reply that goes out before the body was asked for.
+
+    Some callers send the body after all, others go on with their next request, which would be taken for the body: to
+    Go's client until 1.22.4 that request fails.
+    """
+    if cycle.waiting_for_100_continue:
+        cycle.keep_alive = False
+    await RequestResponseCycle.send(cycle, message)
+
+
 class LimitedProtocol(HttpToolsProtocol):
     """One connection. Use `with_limits`; the server must call `sweep` about once a second."""
 
@@ -101,6 +137,7 @@ class LimitedProtocol(HttpToolsProtocol):
     _ready: ClassVar[list[tuple[asyncio.Transport, bytes]]] = []  # of all connections of a server
     _stalled: tuple[object, ...] | None = None
     _stalled_at = 0.0
+    _refused = False  # what still arrives is not looked at
     _body_at: int | None = None  # within what was read, of a request that asks to go on in another protocol
 
     @classmethod
@@ -110,11 +147,17 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn types it
         super().connection_made(transport)
         self.flow = _OneByOne(transport, self.pipeline)
+        self._outlet = _Outlet(self, transport)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            self._wire_bytes += len(data)
+            if self._wire_bytes > self.limits.request_bytes:
+                self.transport.close()
+            return
         read = data
         super().data_received(read)
-        while self._body_at is not None and not self.transport.is_closing():
+        while self._body_at is not None and not self.is_ending():
             read, self._body_at = read[self._body_at :], None
             super().data_received(self._head_without_upgrade())
             super().data_received(read)
@@ -136,6 +179,15 @@ class LimitedProtocol(HttpToolsProtocol):
         elif self._wire_bytes > self.limits.request_bytes:
             self._refuse(413, f"request: at most {self.limits.request_bytes} bytes, got more", "Validation")
 
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        cycle = self.cycle
+        if cycle is not None and cycle.response_complete:  # refused by its head: only now may the next one come
+            cycle.more_body = False
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
     def _should_upgrade(self) -> bool:
         return any(name == b"upgrade" for name, _ in self.headers)
 
@@ -156,8 +208,12 @@ class LimitedProtocol(HttpToolsProtocol):
         return b"".join((line, *kept, b"\r\n"))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._unset_keepalive_if_required()
         self._running = cycle
+        cycle.transport = self._outlet  # type: ignore[assignment]  # all of a transport that uvicorn uses
         cycle.scope["extensions"] = {WHOLE: {"write": partial(self._write_whole, cycle)}}
+        if cycle.waiting_for_100_continue:
+            cycle.send = partial(_send_expected, weakref.proxy(cycle))  # type: ignore[method-assign]  # no ring
         super()._start_asgi_task(cycle, app)
 
     def _write_whole(self, cycle: RequestResponseCycle, head: bytes, parts: Sequence[bytes]) -> bool:
@@ -165,7 +221,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
         False: nothing has been written, and the reply has to go message by message, which knows how to wait.
         """
-        if cycle.disconnected or self.transport.is_closing():
+        if cycle.disconnected or self.is_ending():
             return True
         if cycle.response_started or cycle.more_body or self.flow.write_paused:
             return False
@@ -216,7 +272,30 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._outlet.forget()
         self._end_running()
+
+    def is_ending(self) -> bool:
+        """Whether nothing more can be written."""
+        return self._refused or self.transport.is_closing()
+
+    def end(self) -> None:
+        """Closes the connection behind a reply, but reads on while its caller has not sent everything (RFC 9112, 9.6).
+
+        What comes to a closed connection is answered with a reset, and many callers never read a reply that came
+        before it: to them the connection broke, and they send all of it again.
+        """
+        if self._running is not None and self._running.more_body:
+            self._half_close()
+        else:
+            self.transport.close()
+
+    def _half_close(self) -> None:
+        if not self.is_ending():
+            self._refused, self._wire_bytes = True, 0
+            self.pipeline.clear()
+            self.transport.write_eof()
+            self.flow.resume_reading()
 
     def _end_running(self) -> None:
         """Tells the request in hand that its caller is gone.
@@ -244,17 +323,23 @@ class LimitedProtocol(HttpToolsProtocol):
         unread_bytes = self.transport.get_write_buffer_size()
         if unread_bytes:
             return _Waits.READER, unread_bytes
+        if self._refused:
+            return (_Waits.REST,)
         cycle = self.cycle
         arriving = cycle is not None and cycle.scope is self.scope and cycle.more_body
         if cycle is not None and not cycle.response_complete:  # at work; on one of several requests, maybe
             return (_Waits.BODY, id(cycle)) if arriving and not self.pipeline else None
-        return None if self.timeout_keep_alive_task is not None else (_Waits.HEAD, id(self.scope))
+        if self.timeout_keep_alive_task is not None:
+            return None
+        return (_Waits.BODY, id(cycle)) if arriving else (_Waits.HEAD, id(self.scope))
 
     def _check(self, waits: object, waited_s: float) -> None:
         limits = self.limits
         if waits is _Waits.READER and waited_s > limits.unread_s:
             log.info("a caller took nothing of its reply for %.0f s", waited_s)
             self.transport.abort()
+        elif waits is _Waits.REST and waited_s > limits.rest_s:
+            self.transport.close()
         elif waits is _Waits.HEAD and waited_s > limits.head_s:
             if self._wire_bytes:
                 self._refuse(408, f"headers: not complete after {limits.head_s:g} s", "Timeout")
@@ -276,7 +361,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, error: str, error_type: str) -> None:
         """Answers what never became a request, and hangs up. Nothing is written into a reply that has begun."""
         self._write_ready()
-        if self.transport.is_closing():
+        if self.is_ending():
             return
         request_id = secrets.token_hex(8)
         log.info("request_id=%s refused with %d: %s", request_id, status, error)
@@ -287,5 +372,7 @@ class LimitedProtocol(HttpToolsProtocol):
             headers = f"connection: close\r\nx-request-id: {request_id}\r\ncontent-length: {len(body)}\r\n\r\n"
             kind = b"content-type: application/json\r\n"
             self.transport.write(STATUS_LINE[status] + kind + headers.encode() + body)
+            self._half_close()
+        else:
+            self.transport.close()
         self._end_running()
-        self.transport.close()

@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 
 LIMITS = Limits(head_bytes=2000, head_s=10, body_s=60, body_bytes=50_000, unread_s=30)
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n"
+EARLY = HEAD.replace(b"/", b"/early", 1)
 
 
 class Server:
-    """Echoes bodies, and gives `/large` more than a socket takes. Its connections are swept by hand."""
+    """Echoes bodies, answers `/early` without one, and gives `/large` more than a socket takes.
+
+    Its connections are swept by hand.
+    """
 
     def __init__(self, http: type[HttpToolsProtocol] | None = None) -> None:
         self.state = ServerState()
@@ -53,6 +57,9 @@ class Server:
             raise
 
     async def echo(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/early":
+            await asgi.send_bytes(send, 200, [b"early"])
+            return
         body = await asgi.read_body(scope, receive, limit_bytes=50_000)
         await self.gate.wait()
         await asgi.send_bytes(send, 200, [b"x" * 50_000_000 if scope["path"] == "/large" else body])
@@ -165,6 +172,24 @@ async def test_a_connection_that_is_idle_between_requests_is_left_to_keep_alive(
     assert caller._reader._buffer.count(b"200 OK") == 2  # type: ignore[attr-defined]
 
 
+async def test_a_connection_whose_request_was_answered_by_its_head_is_left_to_keep_alive_too(server: Server) -> None:
+    caller = await server.connect(EARLY)
+    for byte in (b"abc", b"de"):
+        await caller.send(byte)
+        await server.sweep(0, 11, 22)
+    await caller.send(HEAD + b'"abc"')
+    assert caller._reader._buffer.count(b"200 OK") == 2  # type: ignore[attr-defined]
+
+
+async def test_the_rest_of_a_request_that_was_answered_by_its_head_has_the_time_of_a_body(server: Server) -> None:
+    caller = await server.connect(EARLY)
+    await caller.send(b"a")
+    await server.sweep(0, 59)
+    assert len(server.state.connections) == 1
+    await server.sweep(61, 62)
+    assert (await caller.raw()).count(b"HTTP/1.1") == 1
+
+
 async def test_a_caller_that_takes_nothing_of_its_reply_is_cut_off(server: Server) -> None:
     caller = await server.connect(HEAD.replace(b"/", b"/large", 1) + b"12345")
     transport = next(iter(server.state.connections)).transport
@@ -199,10 +224,49 @@ async def test_chunk_headers_without_end_are_refused(server: Server) -> None:
     assert (await caller.reply())[0] == 413
 
 
+SEVERAL_READS = b"x" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("head", "told"),
+    [
+        (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 110000\r\n\r\n", 413),
+        (b"POST / HTTP/1.1\r\nhost: x\r\nx-large: ", 431),
+        (b"no http\r\n\r\n", 400),
+    ],
+)
+async def test_who_is_refused_while_sending_can_send_on_and_then_read_why(
+    server: Server, head: bytes, told: int
+) -> None:
+    caller = await server.connect(head + SEVERAL_READS[:5000])
+    for _ in range(3):
+        await caller.send(SEVERAL_READS[:20_000])
+    assert (await caller.reply())[0] == told
+
+
+async def test_who_is_refused_and_neither_stops_nor_hangs_up_is_cut_off(server: Server) -> None:
+    endless, silent = [await server.connect(b"no http\r\n\r\n") for _ in range(2)]
+    await endless.send(SEVERAL_READS)
+    assert len(server.state.connections) == 2
+    await endless.send(SEVERAL_READS)
+    assert len(server.state.connections) == 1
+    await server.sweep(0, 31)
+    assert (len(server.state.connections), (await silent.reply())[0]) == (0, 400)
+
+
 async def test_what_is_no_http_is_refused_in_json(server: Server) -> None:
     caller = await server.connect(b"\x16\x03\x01 this is TLS\r\n\r\n")
     status, body = await caller.reply()
     assert (status, body["error_type"]) == (400, "Validation")
+
+
+@pytest.mark.parametrize(("path", "closes"), [(b"/early", True), (b"/", False)])
+async def test_who_asks_before_sending_a_body_and_is_answered_is_not_taken_for_still_sending_it(
+    server: Server, path: bytes, closes: bool
+) -> None:
+    caller = await server.connect(HEAD.replace(b"/", path, 1).replace(b"host: x", b"host: x\r\nexpect: 100-continue"))
+    await caller.send(b"" if closes else b'"abc"')
+    assert (b"connection: close" in caller._reader._buffer) is closes  # type: ignore[attr-defined]
 
 
 async def test_requests_sent_in_a_row_are_each_answered(server: Server) -> None:
