@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Self
 
-CONNECT_S = 1.0  # HAProxy is a host away at most
+CONNECT_S = 1.0  # HAProxy is a host away at most; its name too must be found by then, however mute name servers are
 CONNECT_TRIES_S = 0.8  # a reload of HAProxy refuses connections for a moment; nothing has been sent, so repeat freely
 CONNECT_PAUSE_S = 0.1
 UNSENT_HEADER = "x-connection-retries"
@@ -68,7 +68,7 @@ class Balancer:
         Connections that fail, here or behind HAProxy, are tried again for a moment: nothing has been sent on them.
         """
         assert self._session is not None, "used outside its context"  # noqa: S101 - for the type checker and misuse
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)  # the caller bounds the whole
+        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_S)  # the caller bounds the whole
         give_up_at = time.monotonic() + CONNECT_TRIES_S
         while True:
             try:
@@ -83,15 +83,22 @@ class Balancer:
                     if not _unsent(reply.status, reply.headers) or time.monotonic() > give_up_at:
                         return reply.status, reply.headers, content
             except aiohttp.ClientConnectorError as refused:
+                self._forget_address()
                 if time.monotonic() > give_up_at:
                     raise Unavailable(
                         f"the balancer refuses connections: {refused.os_error.strerror}", retry_after_s=1
                     ) from None
             except aiohttp.ConnectionTimeoutError:
+                self._forget_address()
                 raise Unavailable("the balancer does not accept connections", retry_after_s=1) from None
             except (aiohttp.ClientError, OSError) as broken:
                 raise Broken(Unavailable(f"the connection broke: {type(broken).__name__}", retry_after_s=1)) from None
             await asyncio.sleep(CONNECT_PAUSE_S)
+
+    def _forget_address(self) -> None:
+        """A container that was made anew has another one, and the connector would keep to the old for ten seconds."""
+        assert self._session is not None and isinstance(self._session.connector, aiohttp.TCPConnector)  # noqa: S101, PT018
+        self._session.connector.clear_dns_cache()
 
 
 def _unsent(status: int, headers: Mapping[str, str]) -> bool:

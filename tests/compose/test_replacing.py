@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -55,6 +56,22 @@ def test_all_replicas_replaced_one_after_the_other_cost_no_request(project: Proj
     after = set(project.containers("ml-base"))
     assert len(after) == REPLICAS
     assert not before & after
+
+
+def test_a_successor_that_cannot_start_is_taken_away_and_all_others_stay(project: Project) -> None:
+    before = project.containers("ml-base")
+    environment = project.environment | {"COMPOSE_PROJECT_NAME": project.name, "ML_BASE_THREADS": "many"}
+    with pytest.raises(AssertionError, match="ML_BASE_THREADS"):
+        run("scripts/roll", **environment)
+    assert sorted(project.containers("ml-base")) == sorted(before)
+
+
+def test_a_replica_that_does_not_work_is_replaced_too(project: Project) -> None:
+    environment = project.environment | {"ML_BASE_THREADS": "many"}
+    broken = replace(project, environment=environment)
+    broken.compose("up", "--detach", "--no-deps", "--no-recreate", "--scale", f"ml-base={REPLICAS + 1}", "ml-base")
+    run("scripts/roll", COMPOSE_PROJECT_NAME=project.name, **project.environment)
+    assert {container["State"]["Health"]["Status"] for container in project.inspect("ml-base")} == {"healthy"}
 
 
 def test_a_restarted_redis_keeps_the_cache(project: Project) -> None:

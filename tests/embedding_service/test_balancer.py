@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -42,6 +44,34 @@ async def test_a_balancer_that_comes_back_in_time_is_reached(unused_port: int) -
         async with await asyncio.start_server(serve, "127.0.0.1", unused_port):
             status, _, body = await request
     assert (status, body) == (200, b"ok")
+
+
+async def test_a_balancer_that_comes_back_at_another_address_is_reached_there(
+    monkeypatch: pytest.MonkeyPatch, unused_port: int
+) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok")
+        writer.close()
+
+    real = socket.getaddrinfo
+    async with Balancer(f"http://lb:{unused_port}") as balancer:
+        for address in ("127.0.0.1", "127.0.0.2"):
+            found = real(address, unused_port, type=socket.SOCK_STREAM)
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, found=found, **__: found)
+            async with await asyncio.start_server(serve, address, unused_port):
+                assert (await balancer.request("GET", "/", None, {}))[0] == 200
+
+
+async def test_a_name_that_nobody_answers_for_is_given_up_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(5))
+    async with Balancer("http://lb:8887") as balancer:
+        started = asyncio.get_running_loop().time()
+        with pytest.raises(Unavailable):
+            await balancer.request("POST", "/embed", b"", {})
+    over.set()
+    assert asyncio.get_running_loop().time() - started < 2
 
 
 @pytest.mark.parametrize("replies", [["503 +3", "503 +1", "200 0"], ["503 0"]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -342,6 +343,18 @@ async def test_a_recreated_replica_is_found_at_its_new_address() -> None:
         new.die()
 
 
+async def test_names_that_cannot_be_looked_up_take_no_healthy_replica_out() -> None:
+    async with (
+        stub_replicas(1) as [replica],
+        name_server(replica.host) as names,
+        Balancer([replica], names=names) as balancer,
+    ):
+        await balancer.up(1)
+        names.transport.close()
+        await asyncio.sleep(32)  # HAProxy itself holds on to what it knows for 30 s
+        assert (await balancer.embed()).status_code == 200
+
+
 async def test_replicas_found_before_they_listen_cost_the_gateway_no_request() -> None:
     async with (
         stub_replicas(1) as [old],
@@ -496,6 +509,14 @@ async def test_page_metrics_and_runtime_socket_answer_on_one_port() -> None:
         assert 'haproxy_backend_http_responses_total{proxy="ml-base",code="2xx"} 1' in metrics.text
         assert {"ml-base-1", "ml-base-2"} < (await balancer.servers()).keys()
         assert (await balancer.client.get(balancer.url("/"))).status_code == 404
+
+
+async def test_callers_however_many_leave_operators_a_way_in() -> None:
+    async with stub_replicas(1) as stubs, Balancer(stubs) as balancer, contextlib.AsyncExitStack() as held:
+        for _ in range(1000):
+            caller = held.enter_context(socket.socket())
+            caller.connect(("127.0.0.1", balancer.ml_port))
+        assert (await balancer.client.get(balancer.url("/metrics"), timeout=3)).status_code == 200
 
 
 @pytest.mark.parametrize("command", ["disable server ml-base/ml-base-1", "set server ml-base/ml-base-1 state maint"])
