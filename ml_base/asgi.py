@@ -53,8 +53,14 @@ def header(scope: Scope, name: str) -> str | None:
     return None
 
 
-async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int) -> bytes:
-    """The whole body of a JSON request.
+def _grown(_: int) -> None:
+    """Nobody counts."""
+
+
+async def read_body(
+    scope: Scope, receive: Receive, *, limit_bytes: int, grown: Callable[[int], None] = _grown
+) -> bytes:
+    """The whole body of a JSON request. `grown` is told how much of it there is, and may refuse more.
 
     Raises `BodyTooLarge` as soon as that is known, `ClientGone` if the caller hangs up, and `RequestTimeout` when
     `LimitedProtocol` says that it took too long.
@@ -72,6 +78,7 @@ async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int) -> byte
         size += len(part)
         if size > limit_bytes:
             raise _too_large(size, limit_bytes)
+        grown(size)
         if not message.get("more_body", False):
             body = part if not parts else b"".join((*parts, part))
             native.check_crowd(body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import orjson
+from pydantic_core import from_json
 
 from embedding_service.api import openai, tei
 from embedding_service.errors import MalformedBody
@@ -76,7 +76,10 @@ class Dialects:
         serving = self._serving
 
         async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
-            await answer(await serving.receive(scope, receive, send))
+            try:
+                await answer(await serving.receive(scope, receive, send))
+            finally:
+                serving.let_go(scope)
 
         return endpoint
 
@@ -95,7 +98,7 @@ class Dialects:
 def _tell_apart(body: bytes) -> str:
     """The one of the three fields that is there; what is no object is left to the native dialect to refuse."""
     try:
-        fields = orjson.loads(body)
+        fields = from_json(body)  # takes what the dialects' own parser takes, NaN for one
     except ValueError:
         return _NATIVE
     if not isinstance(fields, dict):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 from pydantic import Field
 
 from embedding_service.ask import Ask
-from embedding_service.errors import InvalidRequest
+from embedding_service.errors import InvalidRequest, Overloaded
 from embedding_service.singleflight import NEVER
 from ml_base import asgi, native
 from ml_base.wire import FINGERPRINT_HEADER, PRIORITY_HEADER, TIMEOUT_HEADER, choose_lane, parse_timeout_s
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from embedding_service.embedder import Embedder
     from embedding_service.vectors import Renderer
     from ml_base.wire import ModelCard
+
+LARGE_BODY_BYTES = 1 << 20
+"""Smaller ones are bounded by how many callers there are, and are never turned away for the room of large ones."""
+LARGE_BODIES_BYTES = 512 << 20
+"""Of large bodies that a process holds at once, with their texts twice to three times that: sixteen of the largest, in
+a container of 2 GB. Without it some seventy callers end the process, and everybody's requests with it."""
+_HELD = "large_body_bytes"  # in a scope's state
 
 TTL_HEADER = "x-cache-ttl"  # seconds; for clients that can add a header but no field
 MAX_TTL_S = 10 * 365 * 86_400
@@ -103,12 +110,36 @@ class Serving:
         self.max_text_bytes = max_text_bytes
         self._max_body_bytes = max_body_bytes
         self._auto_truncate = auto_truncate
+        self._large_bytes = 0
 
     async def receive(self, scope: Scope, receive: Receive, send: Send) -> Exchange:
-        """Reads the body, whatever its content type. Raises `BodyTooLarge`, `ClientGone`."""
+        """Reads the body, whatever its content type. Raises `BodyTooLarge`, `ClientGone`, `Overloaded`.
+
+        To be followed by `let_go`, however it ends.
+        """
         started = time.perf_counter()
-        body = await asgi.read_body(scope, receive, limit_bytes=self._max_body_bytes)
+        grown = partial(self._grown, scope)
+        body = await asgi.read_body(scope, receive, limit_bytes=self._max_body_bytes, grown=grown)
         return Exchange(scope, receive, send, started, body)
+
+    def let_go(self, scope: Scope) -> None:
+        """The request is over, and its body with it."""
+        self._large_bytes -= scope["state"].pop(_HELD, 0)
+
+    def _grown(self, scope: Scope, size: int) -> None:
+        if size <= LARGE_BODY_BYTES:
+            return
+        more = size - scope["state"].get(_HELD, 0)
+        if self._large_bytes + more > LARGE_BODIES_BYTES:
+            raise Overloaded(
+                f"body: large ones may hold {LARGE_BODIES_BYTES} bytes at once, and do",
+                field="body",
+                limit=LARGE_BODIES_BYTES,
+                value=size,
+                retry_after_s=1,
+            )
+        self._large_bytes += more
+        scope["state"][_HELD] = size
 
     async def reply(self, exchange: Exchange, texts: Sequence[str], options: R, shape: Shape[R]) -> None:
         """Embeds and writes. Raises `Problem`, before anything has been written."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from embedding_service.replicas import Replicas
     from ml_base.wire import TokenizedText
 
-_WORDS = {"texts": "inputs"}
+_WORDS = {"texts": "inputs", "model_id": "model"}
 _POOLING = {"lasttoken": "last_token"}  # sentence-transformers' word -> theirs; the others are the same
 
 # As in the native dialect, whose error types are TEI's; these statuses are not.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from embedding_service.api import serving
 from tests.embedding_service.caller import SETTINGS, Client
 from tests.fakes import CARD, model, settle
 
@@ -116,6 +117,25 @@ async def test_a_bad_request_is_told_field_and_value_and_nothing_is_computed(cli
 async def test_what_is_no_json_is_a_400(client: Client, body: bytes) -> None:
     reply = await client.http.post("/embed", content=body)
     assert (reply.status_code, reply.json()["field"]) == (400, "body")
+
+
+async def test_large_bodies_at_once_are_refused_past_their_room_and_small_ones_never(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "LARGE_BODY_BYTES", 10_000)
+    monkeypatch.setattr(serving, "LARGE_BODIES_BYTES", 15_000)
+    end, large = asyncio.Event(), b'{"texts": ["a"]}'.ljust(10_001)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield large
+        await end.wait()
+
+    held = asyncio.create_task(client.http.post("/embed", content=slowly()))
+    await settle()
+    statuses = [(await client.http.post("/embed", content=body)).status_code for body in (large, b'{"texts": ["a"]}')]
+    end.set()
+    statuses += [(await held).status_code, (await client.http.post("/embed", content=large)).status_code]
+    assert statuses == [429, 200, 200, 200]
 
 
 async def test_too_long_a_body_is_a_413_that_names_the_limit(client: Client) -> None:

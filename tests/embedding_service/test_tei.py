@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +66,14 @@ async def test_the_body_tells_whose_request_it_is(client: Client, body: Any, sha
     assert (reply.status_code, type(reply.json())) == (200, shape)
 
 
+@pytest.mark.parametrize(("field", "shape"), [("inputs", list), ("input", dict), ("texts", dict)])
+async def test_what_python_writes_for_no_number_does_not_hide_whose_request_it_is(
+    client: Client, field: str, shape: type
+) -> None:
+    reply = await client.http.post("/embed", content=json.dumps({field: ["a"], "score": math.nan, "x": {"input": 1}}))
+    assert (reply.status_code, type(reply.json())) == (200, shape)
+
+
 @pytest.mark.parametrize("second", ["inputs", "input"])
 async def test_two_dialects_at_once_are_refused(client: Client, second: str) -> None:
     reply = await client.http.post("/embed", json={"texts": ["a"], second: "a"})
@@ -82,6 +92,7 @@ BAD: dict[str, tuple[Any, int, str, str]] = {
     "too many dimensions": ({"inputs": "a", "dimensions": 5}, 422, "dimensions", "Validation"),
     "must not be cut": ({"inputs": ["a", "word " * 40], "truncate": False}, 422, "inputs[1]", "Validation"),
     "unknown prompt": ({"inputs": "a", "prompt_name": "x"}, 422, "prompt_name", "Validation"),
+    "unknown model": ({"inputs": "a", "model": "x"}, 404, "model", "Validation"),
     "not an object": (["inputs"], 422, "body", "Validation"),
 }
 
