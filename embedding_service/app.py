@@ -13,7 +13,7 @@ from embedding_service.api.dialects import Dialects, words
 from embedding_service.api.document import document
 from embedding_service.api.native import NativeDialect
 from embedding_service.api.openai import OpenAIDialect
-from embedding_service.api.serving import Serving
+from embedding_service.api.serving import LARGE_BODIES_BYTES, Serving
 from embedding_service.api.tei import TeiDialect
 from embedding_service.api.weaviate import WeaviateDialect
 from embedding_service.auth import Gate
@@ -170,6 +170,7 @@ def _dialects(service: Service) -> Dialects:
         max_texts=settings.max_texts,
         max_text_bytes=settings.max_text_bytes,
         max_body_bytes=settings.max_body_bytes,
+        large_bodies_bytes=max(settings.max_body_bytes, LARGE_BODIES_BYTES // settings.workers),
         auto_truncate=settings.auto_truncate,
     )
     return Dialects(

@@ -51,7 +51,11 @@ class Balancer:
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),  # bounded by the lanes' calls
+            connector=aiohttp.TCPConnector(
+                limit=0,  # bounded by the lanes' calls
+                keepalive_timeout=KEEP_ALIVE_S,
+                use_dns_cache=False,  # a container that was made anew has another address
+            ),
             auto_decompress=False,
         )
         return self
@@ -83,22 +87,15 @@ class Balancer:
                     if not _unsent(reply.status, reply.headers) or time.monotonic() > give_up_at:
                         return reply.status, reply.headers, content
             except aiohttp.ClientConnectorError as refused:
-                self._forget_address()
                 if time.monotonic() > give_up_at:
                     raise Unavailable(
                         f"the balancer refuses connections: {refused.os_error.strerror}", retry_after_s=1
                     ) from None
             except aiohttp.ConnectionTimeoutError:
-                self._forget_address()
                 raise Unavailable("the balancer does not accept connections", retry_after_s=1) from None
             except (aiohttp.ClientError, OSError) as broken:
                 raise Broken(Unavailable(f"the connection broke: {type(broken).__name__}", retry_after_s=1)) from None
             await asyncio.sleep(CONNECT_PAUSE_S)
-
-    def _forget_address(self) -> None:
-        """A container that was made anew has another one, and the connector would keep to the old for ten seconds."""
-        assert self._session is not None and isinstance(self._session.connector, aiohttp.TCPConnector)  # noqa: S101, PT018
-        self._session.connector.clear_dns_cache()
 
 
 def _unsent(status: int, headers: Mapping[str, str]) -> bool:

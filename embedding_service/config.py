@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from ml_base.keys import parse_keys, secrets_from_files
 
 SECRETS = ("API_KEYS", "ADMIN_API_KEYS", "REDIS_PASSWORD")
+_UNSHOWN = {*SECRETS, "ML_BASE_URL"}  # a URL may hold a password
 """Each may be given as NAME_FILE instead, as container engines mount secrets. Never shown or logged."""
 
 MIB = 1 << 20
@@ -165,7 +166,7 @@ def from_environment() -> Settings:
         return Settings()
     except ValidationError as invalid:
         lines = [
-            f"{name}: {error['msg'].removeprefix(_OURS)}" + ("" if name in SECRETS else f", got {error['input']!r}")
+            f"{name}: {error['msg'].removeprefix(_OURS)}" + ("" if name in _UNSHOWN else f", got {error['input']!r}")
             if (name := ".".join(map(str, error["loc"])))
             else error["msg"].removeprefix(_OURS)
             for error in invalid.errors(include_url=False)

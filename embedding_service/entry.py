@@ -69,12 +69,12 @@ def pack(key: bytes, entry: Entry) -> bytes:
     return _header(key, flags, entry.tokens, entry.expires_at, entry.vector) + entry.vector
 
 
-def unpack(key: bytes, stored: bytes, *, now: float) -> Entry | None:
-    """The entry in `stored`, or None if it is expired, foreign, of another version, or damaged in any bit."""
+def unpack(key: bytes, stored: bytes) -> Entry | None:
+    """The entry in `stored`, or None if it is foreign, of another version, or damaged in any bit."""
     if len(stored) < _HEADER.size:
         return None
     magic, version, flags, _, tokens, _, expires_at = _HEADER.unpack_from(stored)
-    if magic != _MAGIC or version != _VERSION or expires_at <= now:
+    if magic != _MAGIC or version != _VERSION:
         return None
     vector = stored[_HEADER.size :]
     if _header(key, flags, tokens, expires_at, vector) != stored[: _HEADER.size]:

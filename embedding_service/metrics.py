@@ -229,11 +229,6 @@ class Metrics:
         for _, _, figure, read in self._gauges:
             figure.set(int(read()))
 
-    def withdraw(self) -> None:
-        """For a process that ends: what it counted stays, what it held is no more."""
-        for _, _, figure, _ in self._gauges:
-            figure.set(0)
-
     # --- reading ---
 
     def totals(self) -> dict[Outcome, int]:

@@ -190,7 +190,7 @@ class RedisCache:
         for key, stored in zip(keys, replies[1:], strict=True):
             if stored is None:
                 continue
-            entry = unpack(key, stored, now=0)
+            entry = unpack(key, stored)
             if entry is None:
                 self._metrics.l2_rejected.inc()
             elif entry.expires_at > now:  # else over, and no damage: Redis is told whole seconds by its own clock
@@ -219,8 +219,9 @@ class RedisCache:
         if not self.connected:
             return None
         try:
+            written = False
             with contextlib.suppress(OutOfMemoryError):  # full, and evicts nothing: what is unlinked now makes room
-                await self._write_epoch()
+                written = await self._write_epoch()
             removed = 0
             batch: list[bytes] = []
             async for name in self._redis.scan_iter(match=PREFIX + b"entry:*", count=1000):
@@ -229,7 +230,8 @@ class RedisCache:
                     removed += await self._redis.unlink(*batch)
                     batch.clear()
             removed += await self._redis.unlink(*batch) if batch else 0
-            await self._write_epoch()
+            if not written:  # else another gateway may have written a later one meanwhile
+                await self._write_epoch()
         except _FAILURES as failure:
             self._failed("set", failure)
             return None
@@ -385,7 +387,13 @@ class _Resolver:
         if self._asking is None or self._asking.done():
             asking = asyncio.get_running_loop().getaddrinfo(*self._name, type=socket.SOCK_STREAM)
             self._asking = asyncio.ensure_future(asking)
+            self._asking.add_done_callback(_heard)  # whoever waited may have gone before it failed
         await asyncio.shield(self._asking)
+
+
+def _heard(asking: asyncio.Task[object]) -> None:
+    if not asking.cancelled():
+        asking.exception()
 
 
 class _Connection(Connection):

@@ -1,7 +1,7 @@
 """Lines of the log that a fault would repeat with every request, for as long as it lasts.
 
 An outage of an hour under load would be a million of them, and where logs are rotated by size
-(`compose/production.yml`) they would push out the few that tell how it began. /metrics counts each.
+(`compose/production.yml`) they would push out the few that tell how it began.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Seldom:
         now = self._clock()
         if now - self._began >= WITHIN_S:
             if self._lines > MOST:
-                self._write("%d more lines like the next one have been left out", self._lines - MOST)
+                left_out, ago_s = self._lines - MOST, now - self._began
+                self._write("%d more lines like the next one were left out, the first %.0f s ago", left_out, ago_s)
             self._began, self._lines = now, 0
         self._lines += 1
         if self._lines <= MOST:

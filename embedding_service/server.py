@@ -55,7 +55,7 @@ def serve(settings: Settings, place: Place) -> None:
     gc.freeze()  # what was imported stays: to walk over it again and again would hold the loop for tens of ms each time
     server = DrainingServer(config, drain_s=settings.drain_s, finish_s=settings.stop_s, on_drain=service.drain)
     server.run(sockets=[socket.socket(fileno=place.listen_fd)])
-    metrics.withdraw()
+    metrics.publish()  # our parent takes off the board what we held, and what we counted stays
 
 
 if __name__ == "__main__":

@@ -195,6 +195,7 @@ class Models:
             return await self._put(place, await self._loader.run(lambda: self._load(place.source)))
         except Exception as problem:  # noqa: BLE001 - whatever it was, it is told to all who wait, and tried again
             place.state, place.problem = State.FAILED, str(problem)[:300]
+            problem.__context__ = problem.__traceback__ = None  # their frames hold the model that failed
             log.warning("%s", problem)
             raise errors.Unavailable(
                 f"model_id: {place.problem}", field="model_id", retry_after_s=LOAD_RETRY_AFTER_S

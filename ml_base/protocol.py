@@ -41,6 +41,8 @@ WHOLE = "embedding.whole_reply"
 """In a scope's extensions; its `write` is a `WriteWhole`."""
 
 
+MAX_WAITING = 1000
+"""Requests of one caller behind the one in hand. One read may bring fourteen thousand small ones, 31 MB of them."""
 TOGETHER_BYTES = 16 << 10
 """A larger reply is written at once: once others have been made too, it is out of the processor's caches."""
 
@@ -159,6 +161,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().data_received(read)
         while self._body_at is not None and not self.is_ending():
             read, self._body_at = read[self._body_at :], None
+            self._unset_keepalive_if_required()
             super().data_received(self._head_without_upgrade())
             super().data_received(read)
         cycle = self.cycle
@@ -179,11 +182,17 @@ class LimitedProtocol(HttpToolsProtocol):
         elif self._wire_bytes > self.limits.request_bytes:
             self._refuse(413, f"request: at most {self.limits.request_bytes} bytes, got more", "Validation")
 
+    def on_headers_complete(self) -> None:
+        if len(self.pipeline) >= MAX_WAITING:
+            raise ValueError("too many requests in a row")  # the parser gives up, and the caller is told 400
+        super().on_headers_complete()
+
     def on_message_complete(self) -> None:
         super().on_message_complete()
         cycle = self.cycle
         if cycle is not None and cycle.response_complete:  # refused by its head: only now may the next one come
             cycle.more_body = False
+            self._unset_keepalive_if_required()  # an upgrade's head ends a message too, before it is fed again
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
@@ -222,6 +231,7 @@ class LimitedProtocol(HttpToolsProtocol):
         False: nothing has been written, and the reply has to go message by message, which knows how to wait.
         """
         if cycle.disconnected or self.is_ending():
+            cycle.disconnected = True  # as the connection will say in a moment; uvicorn would miss a reply
             return True
         if cycle.response_started or cycle.more_body or self.flow.write_paused:
             return False
@@ -268,10 +278,13 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self._write_ready()  # before the connection is closed as an idle one
+        if self._refused:
+            self.transport.close()
         super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn leaves it, and with it the connection, if it was reset
         self._outlet.forget()
         self._end_running()
 
@@ -294,6 +307,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if not self.is_ending():
             self._refused, self._wire_bytes = True, 0
             self.pipeline.clear()
+            if self.cycle is not None:
+                self.cycle.body.clear()
             self.transport.write_eof()
             self.flow.resume_reading()
 
@@ -366,7 +381,8 @@ class LimitedProtocol(HttpToolsProtocol):
         request_id = secrets.token_hex(8)
         log.info("request_id=%s refused with %d: %s", request_id, status, error)
         running = self._running
-        if running is None or running.response_complete or not running.response_started:
+        answered = running is not None and running.response_complete and running.scope is self.scope
+        if running is None or (running.response_complete and not answered) or not running.response_started:
             reply = native.ErrorReply(error=error, error_type=error_type, request_id=request_id)
             body = reply.model_dump_json(exclude_none=True).encode()
             headers = f"connection: close\r\nx-request-id: {request_id}\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -374,5 +390,5 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[status] + kind + headers.encode() + body)
             self._half_close()
         else:
-            self.transport.close()
+            self.end()
         self._end_running()

@@ -123,7 +123,8 @@ class ServedModel:
         found: list[TokenizedText] = []
         for _, chunk in _chunks(texts):
             found += await self._tokenizing.run(
-                functools.partial(self._backend.describe, chunk, prompt=prompt, add_special_tokens=add_special_tokens)
+                functools.partial(self._backend.describe, chunk, prompt=prompt, add_special_tokens=add_special_tokens),
+                urgent=True,  # little text, and somebody who waits
             )
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import os
 import queue
 import sys
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+TURNS_TO_WAIT = 8
+"""Of calls that are not urgent, behind urgent ones: these must not keep all others waiting for ever."""
+
 
 class Worker:
     """A daemon thread behind a queue, as an async context manager.
@@ -35,9 +39,11 @@ class Worker:
         self._nice = nice
         self.running_since: float | None = None  # written by the thread, read by anyone: one reference, no lock
         self._clock = clock
-        # whether it can wait, its place in the row, and the call itself: None is the last
-        self._calls: queue.PriorityQueue[tuple[bool, int, _Call | None]] = queue.PriorityQueue()
+        # when its turn is, on a clock of turns; its place among those of one turn; the call itself: None is the last
+        self._calls: queue.PriorityQueue[tuple[float, int, _Call | None]] = queue.PriorityQueue()
         self._places = itertools.count()
+        self._turn = 0.0  # of the call that was taken last; written by the thread
+        self._given = [0.0, 0.0]  # the last turn that was given to what can wait, and to what is urgent
         self._pending: set[asyncio.Future[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -59,7 +65,7 @@ class Worker:
     async def run(self, work: Callable[[], T], *, urgent: bool = False) -> T:
         """The result of `work()`; if the caller is cancelled before its turn, `work` is never called.
 
-        What is urgent goes before all that is not.
+        What is urgent goes before what is not, but for one call in `TURNS_TO_WAIT` while both wait.
         """
         if self._loop is None:
             raise errors.Unavailable("not running")
@@ -70,7 +76,9 @@ class Worker:
         return await future
 
     def _put(self, call: _Call | None, *, urgent: bool = False) -> None:
-        self._calls.put((not urgent, next(self._places), call))
+        turn = max(self._given[urgent], self._turn) + (1 if urgent else TURNS_TO_WAIT)
+        self._given[urgent] = turn
+        self._calls.put((math.inf if call is None else turn, next(self._places), call))
 
     def running_for_s(self) -> float:
         """Age of the call that runs now, 0 when idle."""
@@ -79,7 +87,10 @@ class Worker:
 
     def _serve(self) -> None:
         _be_nice(self._nice)
-        while (call := self._calls.get()[-1]) is not None:
+        while True:
+            self._turn, _, call = self._calls.get()
+            if call is None:
+                return
             self._answer(*call)
             del call  # else a model that was loaded, or used, stays in memory until the next call, unloaded or not
 

@@ -173,8 +173,8 @@ class FakeStore:
         if self.epoch > epoch:
             self.on_epoch(self.epoch)
             return {}
-        found = {key: unpack(key, self.kept.get((epoch, key), b""), now=self._clock()) for key in keys}
-        return {key: entry for key, entry in found.items() if entry is not None}
+        found = {key: unpack(key, self.kept.get((epoch, key), b"")) for key in keys}
+        return {key: entry for key, entry in found.items() if entry is not None and entry.expires_at > self._clock()}
 
     def put_soon(self, epoch: int, entries: Iterable[tuple[bytes, Entry]]) -> None:
         if self.connected:

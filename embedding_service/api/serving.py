@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 LARGE_BODY_BYTES = 1 << 20
 """Smaller ones are bounded by how many callers there are, and are never turned away for the room of large ones."""
 LARGE_BODIES_BYTES = 512 << 20
-"""Of large bodies that a process holds at once, with their texts twice to three times that: sixteen of the largest, in
-a container of 2 GB. Without it some seventy callers end the process, and everybody's requests with it."""
+"""Of large bodies that a gateway holds at once, with their texts twice to three times that: sixteen of the largest, in
+a container of 2 GB. Without it some seventy callers end its processes, and everybody's requests with them."""
 _HELD = "large_body_bytes"  # in a scope's state
 
 TTL_HEADER = "x-cache-ttl"  # seconds; for clients that can add a header but no field
@@ -101,6 +101,7 @@ class Serving:
         max_texts: int,
         max_text_bytes: int,
         max_body_bytes: int,
+        large_bodies_bytes: int,
         auto_truncate: bool,
     ) -> None:
         self._embedder = embedder
@@ -110,6 +111,7 @@ class Serving:
         self.max_text_bytes = max_text_bytes
         self._max_body_bytes = max_body_bytes
         self._auto_truncate = auto_truncate
+        self._large_bodies_bytes = large_bodies_bytes
         self._large_bytes = 0
 
     async def receive(self, scope: Scope, receive: Receive, send: Send) -> Exchange:
@@ -130,11 +132,11 @@ class Serving:
         if size <= LARGE_BODY_BYTES:
             return
         more = size - scope["state"].get(_HELD, 0)
-        if self._large_bytes + more > LARGE_BODIES_BYTES:
+        if self._large_bytes + more > self._large_bodies_bytes:
             raise Overloaded(
-                f"body: large ones may hold {LARGE_BODIES_BYTES} bytes at once, and do",
+                f"body: large ones may hold {self._large_bodies_bytes} bytes at once, and do",
                 field="body",
-                limit=LARGE_BODIES_BYTES,
+                limit=self._large_bodies_bytes,
                 value=size,
                 retry_after_s=1,
             )

@@ -120,10 +120,11 @@ async def test_what_is_no_json_is_a_400(client: Client, body: bytes) -> None:
 
 
 async def test_large_bodies_at_once_are_refused_past_their_room_and_small_ones_never(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(serving, "LARGE_BODY_BYTES", 10_000)
-    monkeypatch.setattr(serving, "LARGE_BODIES_BYTES", 15_000)
+    monkeypatch.setattr("embedding_service.app.LARGE_BODIES_BYTES", 30_000)
+    client = Client(SETTINGS.model_copy(update={"max_body_bytes": 15_000, "workers": 2}))
     end, large = asyncio.Event(), b'{"texts": ["a"]}'.ljust(10_001)
 
     async def slowly() -> AsyncIterator[bytes]:
@@ -136,6 +137,7 @@ async def test_large_bodies_at_once_are_refused_past_their_room_and_small_ones_n
     end.set()
     statuses += [(await held).status_code, (await client.http.post("/embed", content=large)).status_code]
     assert statuses == [429, 200, 200, 200]
+    await client.close()
 
 
 async def test_too_long_a_body_is_a_413_that_names_the_limit(client: Client) -> None:

@@ -68,7 +68,7 @@ def test_what_a_cache_counted_is_never_less_though_its_process_ends(fd: int) -> 
         metrics = Metrics(shared_board(fd=fd, slots=2, slot=0))
         metrics.tally("l1_evictions", "Vectors pushed out of L1.", lambda: 5)
         metrics.publish()
-        metrics.withdraw()
+        withdraw(fd, 0)
     assert "embedding_l1_evictions_total 10.0" in metrics.exposition().decode()
 
 
@@ -80,20 +80,9 @@ def test_gauges_of_all_processes_add_up_once_published(fd: int) -> None:
     assert "embedding_l1_entries 7.0" in one.exposition().decode()
 
 
-def test_a_process_that_ends_leaves_its_counts_and_takes_its_gauges_along(fd: int) -> None:
-    one, other = (Metrics(shared_board(fd=fd, slots=2, slot=slot)) for slot in range(2))
-    held = [metrics.gauge("held", "What is held.", lambda: 5) for metrics in (one, other)]
-    for metrics in (one, other):
-        metrics.publish()
-        metrics.requests.inc()
-    assert held[0].total == 10
-    one.withdraw()
-    assert (held[0].total, other.requests.total) == (5, 2)
-
-
-def test_what_a_killed_process_held_is_taken_off_the_board_and_what_it_counted_is_not(fd: int) -> None:
-    killed, other = (Metrics(shared_board(fd=fd, slots=2, slot=slot)) for slot in range(2))
-    for metrics in (killed, other):
+def test_what_a_process_held_is_taken_off_the_board_and_what_it_counted_is_not(fd: int) -> None:
+    ended, other = (Metrics(shared_board(fd=fd, slots=2, slot=slot)) for slot in range(2))
+    for metrics in (ended, other):
         held = metrics.gauge("held", "What is held.", lambda: 5)
         metrics.publish()
         metrics.requests.inc()

@@ -106,3 +106,11 @@ def test_a_password_in_the_balancers_url_is_shown_to_nobody() -> None:
     settings = Settings(ml_base_url="https://gateway:s3c@ret@balancer:8887")
     assert settings.public()["ML_BASE_URL"] == "https://balancer:8887"
     assert build_service(settings, Metrics()).unhealthy()[-1] == "no replica answers at https://balancer:8887"
+
+
+def test_nor_where_the_url_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ML_BASE_URL", "http://gateway:s3cret@balancer:8887/path")
+    with pytest.raises(SettingsError) as refused:
+        from_environment()
+    assert "ML_BASE_URL" in str(refused.value)
+    assert "s3cret" not in str(refused.value)

@@ -19,7 +19,7 @@ def space(**changes: str) -> KeySpace:
 
 
 def test_what_is_packed_comes_back_whole() -> None:
-    assert unpack(KEY, STORED, now=2000) == ENTRY
+    assert unpack(KEY, STORED) == ENTRY
 
 
 def test_the_layout_is_the_documented_one() -> None:
@@ -28,29 +28,25 @@ def test_the_layout_is_the_documented_one() -> None:
     assert STORED[24:] == ENTRY.vector
 
 
-def test_an_expired_entry_is_a_miss() -> None:
-    assert unpack(KEY, STORED, now=2000.5) is None
-
-
 def test_an_entry_under_another_texts_key_is_a_miss() -> None:
-    assert unpack(KEY[::-1], STORED, now=0) is None
+    assert unpack(KEY[::-1], STORED) is None
 
 
 @given(st.integers(0, len(STORED) * 8 - 1))
 def test_any_flipped_bit_makes_it_a_miss(bit: int) -> None:
     damaged = bytearray(STORED)
     damaged[bit // 8] ^= 1 << bit % 8
-    assert unpack(KEY, bytes(damaged), now=0) is None
+    assert unpack(KEY, bytes(damaged)) is None
 
 
 @given(st.binary(max_size=100))
 def test_foreign_bytes_are_a_miss(stored: bytes) -> None:
-    assert unpack(KEY, stored, now=0) is None
+    assert unpack(KEY, stored) is None
 
 
 @given(st.integers(0, len(STORED) - 1))
 def test_a_cut_entry_is_a_miss(length: int) -> None:
-    assert unpack(KEY, STORED[:length], now=0) is None
+    assert unpack(KEY, STORED[:length]) is None
 
 
 @pytest.mark.parametrize("change", [{"fingerprint": "g"}, {"prompt": "q"}, {"direction": "left"}])

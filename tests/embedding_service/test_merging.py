@@ -154,7 +154,7 @@ class Merging(RuleBasedStateMachine):
         for name, entry in self.gateway.l1._items.items():
             assert entry.vector == right[name]  # type: ignore[index]  # L1 knows nothing of its keys but that they hash
         for (_, key), stored in self.gateway.store.kept.items():
-            entry = unpack(key, stored, now=0)
+            entry = unpack(key, stored)
             assert entry is not None
             assert entry.vector == RIGHT[key]
 

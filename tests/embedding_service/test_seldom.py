@@ -12,4 +12,5 @@ def test_a_fault_that_lasts_is_told_a_few_times_and_what_is_left_out_is_counted(
     assert lines == [f"number {number}" for number in range(MOST)]
     now = WITHIN_S
     tell("number %d", 1000)
-    assert lines[MOST:] == [f"{1000 - MOST} more lines like the next one have been left out", "number 1000"]
+    left_out = f"{1000 - MOST} more lines like the next one were left out, the first {WITHIN_S:.0f} s ago"
+    assert lines[MOST:] == [left_out, "number 1000"]

@@ -160,6 +160,25 @@ async def test_the_list_says_why_a_model_could_not_be_loaded_until_it_is_there()
         assert (bench.listed("second")["state"], bench.listed("second")["problem"]) == ("ready", None)
 
 
+async def test_a_model_that_failed_while_it_was_loaded_is_let_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[FakeBackend]] = []
+
+    def half_way(_: object) -> None:
+        model = FakeBackend()
+        made.append(weakref.ref(model))
+        raise RuntimeError("fails in warm-up")
+
+    async with serving() as bench:
+        monkeypatch.setattr(bench.models, "_load", half_way)
+        gc.disable()
+        try:
+            with pytest.raises(errors.Unavailable, match="fails in warm-up"):
+                await bench.models.load("second")
+            await until(lambda: made[0]() is None)
+        finally:
+            gc.enable()
+
+
 async def test_a_failed_loading_harms_neither_health_nor_the_default_model() -> None:
     async with serving() as bench:
         bench.loader.problem = ValueError("anything at all")

@@ -8,6 +8,7 @@ import gc
 import json
 import re
 import socket
+import struct
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from ml_base import asgi
-from ml_base.protocol import LimitedProtocol, Limits
+from ml_base.protocol import MAX_WAITING, LimitedProtocol, Limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 LIMITS = Limits(head_bytes=2000, head_s=10, body_s=60, body_bytes=50_000, unread_s=30)
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n"
 EARLY = HEAD.replace(b"/", b"/early", 1)
+UPGRADE_ONLY = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: h2c\r\n\r\n"
 
 
 class Server:
@@ -273,6 +275,41 @@ async def test_requests_sent_in_a_row_are_each_answered(server: Server) -> None:
     caller = await server.connect((HEAD + b'"abc"') * 20 + HEAD)
     await caller.send(b'"abc"')
     assert caller._reader._buffer.count(b"200 OK") == 21  # type: ignore[attr-defined]
+
+
+async def test_more_requests_in_a_row_than_anybody_sends_are_refused(server: Server) -> None:
+    server.gate.clear()
+    caller = await server.connect(HEAD + b'"abc"' + b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * (MAX_WAITING + 1))
+    assert (await caller.reply())[0] == 400
+
+
+@pytest.mark.parametrize("after", [b"", UPGRADE_ONLY])
+async def test_no_timer_outlives_its_connection(server: Server, after: bytes) -> None:
+    caller = await server.connect(EARLY)
+    await caller.send(b"hello" + after)
+    (connection,) = server.state.connections
+    linger = struct.pack("ii", 1, 0)  # a reset, as of a caller that is killed
+    caller.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    caller.writer.transport.abort()
+    await asyncio.sleep(0.02)
+    here = weakref.ref(connection)
+    del connection
+    gc.collect()
+    assert (len(server.state.connections), here()) == (0, None)
+
+
+async def test_the_rest_of_a_request_that_was_answered_gets_no_second_answer(server: Server) -> None:
+    caller = await server.connect(EARLY.replace(b"content-length: 5", b"transfer-encoding: chunked"))
+    await caller.send(b"no chunk\r\n")
+    assert (await caller.raw()).count(b"HTTP/1.1 ") == 1
+
+
+async def test_a_server_that_ends_waits_for_nobody_it_has_refused(server: Server) -> None:
+    await server.connect(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 110000\r\n\r\n" + b"x" * 5000)
+    (connection,) = server.state.connections
+    connection.shutdown()
+    await asyncio.sleep(0.02)
+    assert not server.state.connections
 
 
 UPGRADE = HEAD.replace(b"host: x", b"host: x\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: h2c")

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from ml_base import errors
-from ml_base.worker import Worker
+from ml_base.worker import TURNS_TO_WAIT, Worker
 from tests.ml_base.fakes import until
 
 
@@ -37,6 +37,22 @@ async def test_what_is_urgent_goes_before_what_can_wait() -> None:
         gate.set()
         await asyncio.gather(running, *calls)
     assert ran == [2, 3, 0, 1]
+
+
+async def test_what_can_wait_has_its_turn_among_urgent_calls_without_end() -> None:
+    gate = threading.Event()
+    ran: list[str] = []
+    async with Worker("w") as worker:
+        running = asyncio.create_task(worker.run(lambda: gate.wait(5), urgent=True))
+        await until(lambda: worker.running_since is not None)
+        calls = [asyncio.create_task(worker.run(functools.partial(ran.append, "job")))]
+        calls += [
+            asyncio.create_task(worker.run(functools.partial(ran.append, "urgent"), urgent=True)) for _ in "x" * 50
+        ]
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(running, *calls)
+    assert 1 < ran.index("job") <= TURNS_TO_WAIT
 
 
 async def test_what_a_call_raises_reaches_its_caller_only() -> None:
