@@ -32,6 +32,12 @@ LIVED_S = 10.0  # a worker that served this long had started well: its successor
 READY_WITHIN_S = 30.0  # of a successor: a second to start, and some for a machine that is busy
 READY, SERVING = b"r", b"s"
 """What a worker says once it serves: with a model known, or without."""
+_UNFIT = {
+    None: f"was not ready within {READY_WITHIN_S:.0f} s",
+    b"": "ended before it served",
+    SERVING: "serves, but knows no model",
+    READY: "came too late",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,17 +165,18 @@ class Supervisor:
         try:
             successor = await self._start()
         except OSError as failure:  # no memory, no file descriptors, or no interpreter where it used to be
-            log.error("pid %d stays: its successor cannot be started: %s", old.process.pid, failure)  # noqa: TRY400
+            log.error("pid %d is not replaced: its successor cannot be started: %s", old.process.pid, failure)  # noqa: TRY400
             return False
-        fit = False
+        fit, said = False, None
         try:
             await asyncio.wait((successor.word,), timeout=READY_WITHIN_S)
-            fit = successor.word.done() and successor.word.result() == READY and not old.over.is_set()
+            said = successor.word.result() if successor.word.done() else None
+            fit = said == READY and not old.over.is_set()
         finally:
             if not fit:
                 await self._end(successor)
         if not fit:
-            log.error("pid %d stays: its successor was not ready within %.0f s", old.process.pid, READY_WITHIN_S)
+            log.error("pid %d is not replaced: its successor %s", old.process.pid, _UNFIT[said])
             return False
         tasks.create_task(self._keep(successor))
         old.retired = True

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,8 @@ class Gateway:
             "ML_BASE_URL": "http://127.0.0.1:1", "DRAIN_S": "0.2",
         }  # fmt: skip
         command = [sys.executable, "-m", "embedding_service"]
-        self.process = subprocess.Popen(command, env=os.environ | settings, stderr=subprocess.DEVNULL)
+        self.log_file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the gateway
+        self.process = subprocess.Popen(command, env=os.environ | settings, stderr=self.log_file)
 
     def call(self, method: str, path: str, body: str | None = None) -> tuple[int, Any]:
         """On a connection of its own, which the kernel gives to either worker."""
@@ -66,6 +68,9 @@ class Gateway:
     def workers(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
+
+    def log(self) -> bytes:
+        return os.pread(self.log_file.fileno(), 1 << 20, 0)
 
     def failed_texts(self) -> int:
         return int(self.call("GET", "/cache/stats")[1]["total"]["failed"])
@@ -86,6 +91,7 @@ def gateway(unused_port: int) -> Iterator[Gateway]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         gateway.process.wait()
+        gateway.log_file.close()
 
 
 def test_either_worker_speaks_for_both_and_a_dead_ones_counts_are_kept(gateway: Gateway) -> None:
@@ -127,6 +133,7 @@ def test_a_successor_that_knows_no_model_is_ended_and_the_old_workers_stay(gatew
     gateway.process.send_signal(signal.SIGHUP)
     until(lambda: len(gateway.workers()) == 3, "a successor beside them")
     until(lambda: gateway.workers() == workers, "they are alone again")
+    until(lambda: b"is not replaced: its successor serves, but knows no model" in gateway.log(), "a word of why")
     assert gateway.call("GET", "/livez")[0] == 200
 
 
