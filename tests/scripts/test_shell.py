@@ -9,6 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCKER = """#!/bin/sh
+pwd >&2
+case "$1 $2 $3" in
+  "compose ps --all") echo container; if [ -e "$0.up" ]; then echo successor; fi ;;
+  "compose ps --quiet") echo container ;;
+  "compose up --detach") touch "$0.up" ;;
+  inspect*) echo "healthy 0" ;;
+esac
+"""
 
 
 def printed(command: str, *, cwd: Path = ROOT, **env: str) -> str:
@@ -27,7 +36,7 @@ def test_an_exported_cdpath_does_not_lead_the_scripts_into_another_project(tmp_p
 def test_an_exported_cdpath_does_not_make_roll_replace_the_containers_of_another_project(tmp_path: Path) -> None:
     (tmp_path / "other" / "scripts").mkdir(parents=True)
     docker = tmp_path / "docker"
-    docker.write_text('#!/bin/sh\n[ "$2" = ps ] && echo container\npwd >&2\n')
+    docker.write_text(DOCKER)
     docker.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     run = printed("scripts/roll 2>&1", CDPATH=str(tmp_path / "other"), PATH=path)
