@@ -8,10 +8,10 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from embedding_service.board import Board, withdraw
+from embedding_common.http.bind import bind
 from embedding_service.config import Settings, SettingsError, from_environment
-from embedding_service.workers import Supervisor
-from ml_base.listening import bind
+from embedding_service.observability.scoreboard import Board, withdraw
+from embedding_service.process.supervisor import Supervisor
 
 if TYPE_CHECKING:
     import socket

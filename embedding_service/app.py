@@ -7,33 +7,34 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
-from embedding_service.admission import Admission
+from embedding_common.contract import Lane
+from embedding_common.http import edge
+from embedding_common.keys import Keys, parse_keys
 from embedding_service.api import docs, ops
-from embedding_service.api.dialects import Dialects, words
+from embedding_service.api.auth import Gate
+from embedding_service.api.dialects.native import NativeDialect
+from embedding_service.api.dialects.openai import OpenAIDialect
+from embedding_service.api.dialects.tei import TeiDialect
+from embedding_service.api.dialects.weaviate import WeaviateDialect
 from embedding_service.api.document import document
-from embedding_service.api.native import NativeDialect
-from embedding_service.api.openai import OpenAIDialect
+from embedding_service.api.render import Renderer
+from embedding_service.api.routes import Dialects, words
 from embedding_service.api.serving import LARGE_BODIES_BYTES, Serving
-from embedding_service.api.tei import TeiDialect
-from embedding_service.api.weaviate import WeaviateDialect
-from embedding_service.auth import Gate
-from embedding_service.balancer import Balancer
-from embedding_service.catalog import Catalog
-from embedding_service.drift import Drift
-from embedding_service.embedder import Embedder
-from embedding_service.entry import Entry
-from embedding_service.fill import Fill, Landed
-from embedding_service.lru import LRU
-from embedding_service.metrics import VERSION
-from embedding_service.redis_cache import NoCache, RedisCache
-from embedding_service.replicas import Replicas
+from embedding_service.cache.entry import Entry
+from embedding_service.cache.lru import LRU
+from embedding_service.cache.redis.client import NoCache, RedisCache
+from embedding_service.core.admission import Admission
+from embedding_service.core.audit import Drift
+from embedding_service.core.catalog import Catalog
+from embedding_service.core.embedder import Embedder
+from embedding_service.core.fill import Fill, Landed
+from embedding_service.core.query import Miss
+from embedding_service.core.singleflight import Flights
+from embedding_service.observability.metrics import VERSION
 from embedding_service.service import Service
-from embedding_service.singleflight import Flights
-from embedding_service.upstream import Miss, Upstream
-from embedding_service.vectors import Renderer
-from ml_base import asgi
-from ml_base.keys import Keys, parse_keys
-from ml_base.wire import Lane
+from embedding_service.upstream.calls import Replicas
+from embedding_service.upstream.http import Balancer
+from embedding_service.upstream.lanes import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from embedding_service.config import Settings
-    from embedding_service.metrics import Metrics
+    from embedding_service.observability.metrics import Metrics
 
 
 def build_service(settings: Settings, metrics: Metrics) -> Service:
@@ -104,7 +105,7 @@ def build_service(settings: Settings, metrics: Metrics) -> Service:
     )
 
 
-def create_app(service: Service, *, started: Callable[[], None] | None = None) -> asgi.Edge:
+def create_app(service: Service, *, started: Callable[[], None] | None = None) -> edge.Edge:
     """The ASGI application over `service`, which its lifespan opens and closes. `started` is called in between."""
     settings = service.settings
 
@@ -136,10 +137,10 @@ def create_app(service: Service, *, started: Callable[[], None] | None = None) -
     document(app)
     app.include_router(ops.router(service))
     app.include_router(docs.router(title=app.title))
-    asgi.answer_unknown_routes(app, words=words)
+    edge.answer_unknown_routes(app, words=words)
     direct = _dialects(service).routes()
     gate = _gate(settings)
-    return asgi.Edge(
+    return edge.Edge(
         app,
         direct=direct,
         observe=service.observe,

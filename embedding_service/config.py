@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from ml_base.keys import parse_keys, secrets_from_files
+from embedding_common.keys import parse_keys, secrets_from_files
 
 SECRETS = ("API_KEYS", "ADMIN_API_KEYS", "REDIS_PASSWORD")
 _UNSHOWN = {*SECRETS, "ML_BASE_URL"}  # a URL may hold a password

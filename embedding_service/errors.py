@@ -1,8 +1,8 @@
-"""What can go wrong inside the gateway, beside the problems both ends share (`ml_base.errors`)."""
+"""What can go wrong inside the gateway, beside the problems both ends share (`embedding_common.errors`)."""
 
 from __future__ import annotations
 
-from ml_base.errors import (
+from embedding_common.errors import (
     BodyTooLarge,
     ClientGone,
     DeadlineExceeded,

@@ -7,29 +7,29 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from embedding_service.metrics import OTHER
-from ml_base.wire import Lane
+from embedding_common.contract import Lane
+from embedding_service.observability.metrics import OTHER
 
 if TYPE_CHECKING:
     from typing import Self
 
     from starlette.types import Scope
 
-    from embedding_service.admission import Admission
-    from embedding_service.balancer import Balancer
-    from embedding_service.catalog import Catalog
+    from embedding_service.cache.entry import Entry
+    from embedding_service.cache.lru import LRU
+    from embedding_service.cache.redis.client import RedisCache
     from embedding_service.config import Settings
-    from embedding_service.drift import Drift
-    from embedding_service.embedder import Embedder
-    from embedding_service.entry import Entry
-    from embedding_service.fill import Fill, Landed
-    from embedding_service.lru import LRU
-    from embedding_service.metrics import Metrics
-    from embedding_service.redis_cache import RedisCache
-    from embedding_service.replicas import Replicas
-    from embedding_service.singleflight import Flights
-    from embedding_service.upstream import Miss, Upstream
-
+    from embedding_service.core.admission import Admission
+    from embedding_service.core.audit import Drift
+    from embedding_service.core.catalog import Catalog
+    from embedding_service.core.embedder import Embedder
+    from embedding_service.core.fill import Fill, Landed
+    from embedding_service.core.query import Miss
+    from embedding_service.core.singleflight import Flights
+    from embedding_service.observability.metrics import Metrics
+    from embedding_service.upstream.calls import Replicas
+    from embedding_service.upstream.http import Balancer
+from embedding_service.upstream.lanes import Upstream
 
 PUBLISH_S = 0.5  # a sibling's gauges are at most this old; counters are never old
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import prometheus_client
 import uvicorn
 
-from ml_base import loading, wiring
+from embedding_common.http.bind import bind
+from embedding_common.http.edge import DrainingServer
+from embedding_common.http.protocol import LimitedProtocol, Limits
+from ml_base import wiring
 from ml_base.app import create_app
-from ml_base.asgi import DrainingServer
 from ml_base.config import ConfigError, read_environment
-from ml_base.listening import bind
-from ml_base.protocol import LimitedProtocol, Limits
+from ml_base.models import loading
 
 if TYPE_CHECKING:
     import socket

@@ -17,9 +17,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from ml_base import asgi, errors, native, wire
-from ml_base.keys import bearer
-from ml_base.memory import resident_bytes
+from embedding_common import contract, errors, native
+from embedding_common.http import edge
+from embedding_common.keys import bearer
+from ml_base.machine.memory import resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from ml_base.config import Settings
+    from ml_base.machine.threads import Threads
     from ml_base.metrics import Metrics
-    from ml_base.models import Models
-    from ml_base.threads import Threads
+    from ml_base.models.registry import Models
 
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ class _Trace:
     """What the log says of one embed request; never a text."""
 
     texts: int
-    lane: wire.Lane
+    lane: contract.Lane
     tokens: int = 0
 
 
@@ -105,27 +106,29 @@ class Replica:
         """`POST /embed`: parse, compute unless the caller hangs up, write."""
         started = time.perf_counter()
         limits = self.settings
-        lane_header, timeout_header = (asgi.header(scope, name) for name in (wire.PRIORITY_HEADER, wire.TIMEOUT_HEADER))
-        timeout_s = wire.parse_timeout_s(timeout_header)
-        body = await asgi.read_body(scope, receive, limit_bytes=limits.max_body_bytes)
+        lane_header, timeout_header = (
+            edge.header(scope, name) for name in (contract.PRIORITY_HEADER, contract.TIMEOUT_HEADER)
+        )
+        timeout_s = contract.parse_timeout_s(timeout_header)
+        body = await edge.read_body(scope, receive, limit_bytes=limits.max_body_bytes)
         request = native.parse(body, max_texts=limits.max_texts, max_text_bytes=limits.max_text_bytes)
-        trace = _Trace(len(request.texts), wire.choose_lane(lane_header, len(request.texts)))
+        trace = _Trace(len(request.texts), contract.choose_lane(lane_header, len(request.texts)))
         scope["state"]["trace"] = trace
-        binary = wire.BINARY_TYPE in (asgi.header(scope, "accept") or "")
+        binary = contract.BINARY_TYPE in (edge.header(scope, "accept") or "")
         # a binary reply says which texts were cut; its reader refuses, and keeps the vectors for others
         work = self._embed(request, trace.lane, truncate=binary or request.truncate is not False, timeout_s=timeout_s)
         embedded = await _unless_gone(receive, work)
         trace.tokens = int(embedded.tokens.sum())
         if binary:
-            parts, content_type = [embedded.to_bytes()], wire.BINARY_TYPE
+            parts, content_type = [embedded.to_bytes()], contract.BINARY_TYPE
         else:
             parts, content_type = await self._json(embedded, request, started), "application/json"
-        fingerprint = (wire.FINGERPRINT_HEADER.encode(), embedded.card.fingerprint.encode())
-        await asgi.send_bytes(send, 200, parts, content_type=content_type, headers=[fingerprint])
+        fingerprint = (contract.FINGERPRINT_HEADER.encode(), embedded.card.fingerprint.encode())
+        await edge.send_bytes(send, 200, parts, content_type=content_type, headers=[fingerprint])
 
     async def _embed(
-        self, request: native.EmbedRequest, lane: wire.Lane, *, truncate: bool, timeout_s: float | None
-    ) -> wire.Embedded:
+        self, request: native.EmbedRequest, lane: contract.Lane, *, truncate: bool, timeout_s: float | None
+    ) -> contract.Embedded:
         started = time.monotonic()
         async with self.models.use(request.model_id, timeout_s=timeout_s) as model:
             native.check_dimensions(request.dimensions, model.card)
@@ -141,7 +144,7 @@ class Replica:
     async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         """`POST /tokenize`: how a model reads texts."""
         limits = self.settings
-        body = await asgi.read_body(scope, receive, limit_bytes=limits.max_body_bytes)
+        body = await edge.read_body(scope, receive, limit_bytes=limits.max_body_bytes)
         request = native.read(TokenizeRequest, body)
         native.check_texts(
             request.texts, field="texts", max_texts=limits.max_texts, max_text_bytes=limits.max_text_bytes
@@ -151,18 +154,18 @@ class Replica:
             texts = await model.tokenize(
                 request.texts, prompt_name=request.prompt_name, add_special_tokens=request.add_special_tokens
             )
-        reply = wire.Tokenized(model.card.id, texts)
-        await asgi.send_bytes(send, 200, [orjson.dumps(reply)])
+        reply = contract.Tokenized(model.card.id, texts)
+        await edge.send_bytes(send, 200, [orjson.dumps(reply)])
 
     async def change(self, scope: Scope, receive: Receive, send: Send) -> None:
         """`POST /models/load` and `/models/unload`: returns when it is done, with what `/models` says then."""
         if self._admin_keys and (bearer(scope) or b"") not in self._admin_keys:
             raise errors.Unauthorized("authorization: needs an admin key", field="authorization")
-        request = native.read(ModelRequest, await asgi.read_body(scope, receive, limit_bytes=_MAX_NAME_BYTES))
+        request = native.read(ModelRequest, await edge.read_body(scope, receive, limit_bytes=_MAX_NAME_BYTES))
         await (self.models.load if scope["path"].endswith("/load") else self.models.unload)(request.model_id)
-        await asgi.send_bytes(send, 200, [orjson.dumps(self.listed())])
+        await edge.send_bytes(send, 200, [orjson.dumps(self.listed())])
 
-    async def _json(self, embedded: wire.Embedded, request: native.EmbedRequest, started: float) -> list[bytes]:
+    async def _json(self, embedded: contract.Embedded, request: native.EmbedRequest, started: float) -> list[bytes]:
         vectors = native.shape(
             embedded.vectors, dimensions=request.dimensions, normalize=request.normalize is not False
         )
@@ -211,7 +214,7 @@ class Replica:
 
     def info(self) -> dict[str, Any]:
         default = self.models.listed()[0]
-        card: wire.ModelCard = default["card"]
+        card: contract.ModelCard = default["card"]
         return {
             "service": "ml-base",
             "version": VERSION,
@@ -251,23 +254,23 @@ def create_app(replica: Replica) -> ASGIApp:
     for path in ("/models/load", "/models/unload"):
         app.add_api_route(path, _documented_change, methods=["POST"], responses=refusals)
     _add_operator_routes(app, replica)
-    asgi.answer_unknown_routes(app)
+    edge.answer_unknown_routes(app)
     direct = {
-        "/embed": asgi.guarded(replica.embed),
-        "/tokenize": asgi.guarded(replica.tokenize),
-        "/models/load": asgi.guarded(replica.change),
-        "/models/unload": asgi.guarded(replica.change),
+        "/embed": edge.guarded(replica.embed),
+        "/tokenize": edge.guarded(replica.tokenize),
+        "/models/load": edge.guarded(replica.change),
+        "/models/unload": edge.guarded(replica.change),
     }
-    return asgi.Edge(app, direct=direct, observe=replica.observe, draining=lambda: replica.draining)
+    return edge.Edge(app, direct=direct, observe=replica.observe, draining=lambda: replica.draining)
 
 
 def _documented(body: native.EmbedRequest) -> native.EmbedReply:  # type: ignore[empty-body]  # never called
-    """Embed texts, uncached. With `Accept: application/vnd.safetensors` the reply is binary (see ml_base/wire.py):
+    """Embed texts, uncached. With `Accept: application/vnd.safetensors` the reply is binary (see ml_base/contract.py):
     the model's own vectors at full dimension, token counts, and which texts were cut.
     """
 
 
-def _documented_tokenize(body: TokenizeRequest) -> wire.Tokenized:  # type: ignore[empty-body]  # never called
+def _documented_tokenize(body: TokenizeRequest) -> contract.Tokenized:  # type: ignore[empty-body]  # never called
     """How a model reads texts, uncut: ids, tokens, offsets in characters (null for special tokens)."""
 
 
@@ -310,7 +313,7 @@ def _json_reply(body: dict[str, Any], status: int = 200) -> Response:
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, or `ClientGone` once the caller hangs up: then `work` is cancelled."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(asgi.disconnected(receive))
+    gone = asyncio.ensure_future(edge.disconnected(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from ml_base.keys import Keys, parse_keys, secrets_from_files
+from embedding_common.keys import Keys, parse_keys, secrets_from_files
 
 SECRETS = ("ADMIN_API_KEYS",)
 """Each may be given as NAME_FILE instead. Never shown or logged."""

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from ml_base.wire import Lane, ModelCard
+from embedding_common.contract import Lane, ModelCard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ml_base.slices import SliceReport
+    from ml_base.batching.slices import SliceReport
 
 EMBED = "/embed"
 OPERATOR_ROUTES = ("/health", "/livez", "/models", "/models/load", "/models/unload", "/info", "/metrics", "/tokenize")

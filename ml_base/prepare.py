@@ -10,7 +10,7 @@ import sys
 
 from ml_base import wiring
 from ml_base.config import ConfigError, read_environment
-from ml_base.loading import ModelUnavailableError
+from ml_base.models.loading import ModelUnavailableError
 
 
 def main() -> None:

@@ -9,20 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ml_base import loading, threads
 from ml_base.app import Replica
 from ml_base.backends import LoadOptions
+from ml_base.machine import threads
 from ml_base.metrics import Metrics
-from ml_base.models import Models
-from ml_base.served import ServedModel
-from ml_base.warmup import Bounds
+from ml_base.models import loading
+from ml_base.models.registry import Models
+from ml_base.models.served import ServedModel
+from ml_base.models.warmup import Bounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ml_base.config import Settings
-    from ml_base.loading import LoadedModel, Source
-    from ml_base.threads import Threads
+    from ml_base.machine.threads import Threads
+    from ml_base.models.loading import LoadedModel, Source
 
 log = logging.getLogger(__name__)
 

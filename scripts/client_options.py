@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from yarl import URL
 
-from ml_base.keys import parse_keys, secrets_from_files
+from embedding_common.keys import parse_keys, secrets_from_files
 
 if TYPE_CHECKING:
     from argparse import _ArgumentGroup

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Body
 
+from embedding_common import native
+
 # FastAPI reads the annotations of the functions below
-from embedding_service.api import openai, tei
-from embedding_service.api.native import NativeEmbedRequest  # noqa: TC001
-from embedding_service.api.openai import EmbeddingsReply, EmbeddingsRequest  # noqa: TC001
-from embedding_service.api.tei import TeiEmbedRequest, Token, TokenizeRequest  # noqa: TC001
-from embedding_service.api.weaviate import VectorsReply, VectorsRequest  # noqa: TC001
-from ml_base import native
+from embedding_service.api.dialects import openai, tei
+from embedding_service.api.dialects.native import NativeEmbedRequest  # noqa: TC001
+from embedding_service.api.dialects.openai import EmbeddingsReply, EmbeddingsRequest  # noqa: TC001
+from embedding_service.api.dialects.tei import TeiEmbedRequest, Token, TokenizeRequest  # noqa: TC001
+from embedding_service.api.dialects.weaviate import VectorsReply, VectorsRequest  # noqa: TC001
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

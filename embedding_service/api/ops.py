@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from fastapi import APIRouter, Response
 
-from embedding_service.api import openai, tei
-from embedding_service.metrics import VERSION, Outcome
-from ml_base import native
+from embedding_common import native
+from embedding_service.api.dialects import openai, tei
+from embedding_service.observability.metrics import VERSION, Outcome
 
 if TYPE_CHECKING:
-    from embedding_service.catalog import Catalog
     from embedding_service.config import Settings
+    from embedding_service.core.catalog import Catalog
     from embedding_service.service import Service
 
 

@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
-from embedding_service.ask import Ask
+from embedding_common import native
+from embedding_common.contract import FINGERPRINT_HEADER, PRIORITY_HEADER, TIMEOUT_HEADER, choose_lane, parse_timeout_s
+from embedding_common.http import edge
+from embedding_service.core.query import Ask
+from embedding_service.core.singleflight import NEVER
 from embedding_service.errors import InvalidRequest, Overloaded
-from embedding_service.singleflight import NEVER
-from ml_base import asgi, native
-from ml_base.wire import FINGERPRINT_HEADER, PRIORITY_HEADER, TIMEOUT_HEADER, choose_lane, parse_timeout_s
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from starlette.types import Receive, Scope, Send
 
-    from embedding_service.ask import Answer
-    from embedding_service.catalog import Catalog
-    from embedding_service.embedder import Embedder
-    from embedding_service.vectors import Renderer
-    from ml_base.wire import ModelCard
+    from embedding_common.contract import ModelCard
+    from embedding_service.api.render import Renderer
+    from embedding_service.core.catalog import Catalog
+    from embedding_service.core.embedder import Embedder
+    from embedding_service.core.query import Answer
 
 LARGE_BODY_BYTES = 1 << 20
 """Smaller ones are bounded by how many callers there are, and are never turned away for the room of large ones."""
@@ -121,7 +122,7 @@ class Serving:
         """
         started = time.perf_counter()
         grown = partial(self._grown, scope)
-        body = await asgi.read_body(scope, receive, limit_bytes=self._max_body_bytes, grown=grown)
+        body = await edge.read_body(scope, receive, limit_bytes=self._max_body_bytes, grown=grown)
         return Exchange(scope, receive, send, started, body)
 
     def let_go(self, scope: Scope) -> None:
@@ -176,7 +177,7 @@ class Serving:
                 % ((parsed - exchange.started) * 1e3, (embedded - parsed) * 1e3, (ended - embedded) * 1e3),
             ),
         ]
-        await asgi.send_bytes(exchange.send, 200, parts, headers=headers)
+        await edge.send_bytes(exchange.send, 200, parts, headers=headers)
 
     async def _ask(self, exchange: Exchange, texts: Sequence[str], options: Options) -> Ask:
         headers = dict(exchange.scope["headers"])
@@ -198,7 +199,7 @@ class Serving:
             deadline=deadline,
             ttl_s=ttl_s if ttl_s is not None else _parse_ttl_s(_text(headers.get(_TTL))),
             bypass=b"no-cache" in headers.get(b"cache-control", b""),
-            caller_gone=partial(asgi.disconnected, exchange.receive),
+            caller_gone=partial(edge.disconnected, exchange.receive),
         )
 
 

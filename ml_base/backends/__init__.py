@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ml_base.shapes import Grid
-    from ml_base.wire import TokenizedText
+    from embedding_common.contract import TokenizedText
+    from ml_base.batching.shapes import Grid
 
 Direction = Literal["left", "right"]
 

@@ -6,8 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ml_base import selftest
-from ml_base.backends import UnsupportedModelError
+from ml_base.backends import UnsupportedModelError, selftest
 from ml_base.backends.torch import TorchBackend, find_device, open_model
 from ml_base.backends.torch import load as load_torch
 

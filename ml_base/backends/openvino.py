@@ -22,11 +22,10 @@ import numpy as np
 import openvino
 import torch
 
-from ml_base import selftest
-from ml_base.backends import UnsupportedModelError
+from ml_base.backends import UnsupportedModelError, selftest
 from ml_base.backends.quantize import Quantizer
 from ml_base.backends.torch import TorchBackend
-from ml_base.shapes import Grid
+from ml_base.batching.shapes import Grid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,7 +45,7 @@ _MANIFEST = "sha256.json"
 
 
 class OpenVinoBackend(TorchBackend):
-    """Vectors within rounding of the torch backend's: `ml_base.selftest` says how near, and is asked at every load."""
+    """Vectors within rounding of the torch backend's: `selftest` says how near, and is asked at every load."""
 
     name = "openvino"
 

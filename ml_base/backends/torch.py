@@ -21,10 +21,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as transformers_logging
 
-from ml_base import selftest
-from ml_base.backends import Direction, LoadOptions, Tokenized, UnsupportedModelError
-from ml_base.shapes import Grid
-from ml_base.wire import TokenizedText
+from embedding_common.contract import TokenizedText
+from ml_base.backends import Direction, LoadOptions, Tokenized, UnsupportedModelError, selftest
+from ml_base.batching.shapes import Grid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

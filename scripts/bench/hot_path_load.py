@@ -30,7 +30,7 @@ import uvloop
 from redis.asyncio import Redis
 from redis.utils import HIREDIS_AVAILABLE
 
-from ml_base.wire import BINARY_TYPE, Embedded, ModelCard
+from embedding_common.contract import BINARY_TYPE, Embedded, ModelCard
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -196,7 +196,7 @@ def _reply_of(port: int, body: bytes) -> tuple[Headers, bytes]:
 
 
 def stub(port: int) -> None:
-    """Speaks the replica's side of `ml_base.wire`: `GET /models`, and `POST /embed` with vectors made beforehand."""
+    """Speaks the replica's side of the contract: `GET /models`, and `POST /embed` with vectors made beforehand."""
     card = ModelCard(id="bench", fingerprint="bench", dimension=DIMENSION, max_tokens=256, backend="none")
     model = {"id": card.id, "state": "ready", "card": orjson.loads(card.to_json())}
     listed = orjson.dumps({"default": card.id, "models": [model]})

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from embedding_service.entry import Entry, KeySpace
-from embedding_service.lru import LRU
+from embedding_service.cache.entry import Entry, KeySpace
+from embedding_service.cache.lru import LRU
 
 
 def resident_bytes() -> int:

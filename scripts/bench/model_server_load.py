@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from ml_base.backends import Backend, Tokenized
-    from ml_base.loading import LoadedModel
+    from ml_base.models.loading import LoadedModel
 
 MODEL = "all-MiniLM-L6-v2"
 CORPUS = Path(__file__).with_name("corpus.txt")
@@ -79,7 +79,7 @@ def encode() -> dict[str, Any]:
     """The reference, as its users call it; saves the vectors that the backends are compared with."""
     from sentence_transformers import SentenceTransformer  # noqa: PLC0415 - only this process needs it
 
-    from ml_base.loading import resolve  # noqa: PLC0415
+    from ml_base.models.loading import resolve  # noqa: PLC0415
 
     model = SentenceTransformer(resolve(MODEL).location, device="cpu")
     figures: dict[str, Any] = {"tokens": {}, "tokens_per_s": {}}
@@ -115,9 +115,9 @@ def backend(dtype: str) -> dict[str, Any]:
 
 
 def _load(dtype: str, threads: int) -> LoadedModel:
-    from ml_base import loading  # noqa: PLC0415
     from ml_base.backends import LoadOptions  # noqa: PLC0415
-    from ml_base.warmup import Bounds  # noqa: PLC0415
+    from ml_base.models import loading  # noqa: PLC0415
+    from ml_base.models.warmup import Bounds  # noqa: PLC0415
 
     options = LoadOptions(local=True, threads=threads, cache_dir=_cache_dir(), dtype=dtype)
     return loading.load(loading.resolve(MODEL), backend="auto", options=options, bounds=Bounds(max_texts=64))
@@ -139,7 +139,7 @@ def _tokens_per_s(models: Sequence[LoadedModel], texts: Sequence[str]) -> float:
 
 
 def _compute(model: LoadedModel, texts: Sequence[str]) -> int:
-    from ml_base.slices import SliceLimits, pick  # noqa: PLC0415
+    from ml_base.batching.slices import SliceLimits, pick  # noqa: PLC0415
 
     left = [_Waiting(piece, model.backend.grid.length(len(piece))) for piece in _tokenized(model.backend, texts)]
     limits = SliceLimits(max_texts=64, max_tokens=model.slice_tokens, patience_s=9.0, grid=model.backend.grid)
@@ -166,8 +166,8 @@ def _likeness(backend: Backend) -> dict[str, float]:
     import numpy as np  # noqa: PLC0415
     from sentence_transformers import SentenceTransformer  # noqa: PLC0415
 
-    from ml_base import selftest  # noqa: PLC0415
-    from ml_base.loading import resolve  # noqa: PLC0415
+    from ml_base.backends import selftest  # noqa: PLC0415
+    from ml_base.models.loading import resolve  # noqa: PLC0415
 
     texts = [text for mix in mixes().values() for text in mix]
     expected = SentenceTransformer(resolve(MODEL).location, device="cpu").encode(texts)
