@@ -35,21 +35,21 @@ FINGERPRINT_HEADER = "x-model-fingerprint"
 BINARY_TYPE = "application/vnd.safetensors"
 
 INTERACTIVE_MAX_TEXTS = 4
-"""Without a priority header, up to this many texts is a person waiting; more is a job."""
+"""The most texts of a request that counts as interactive if it has no priority header; more texts count as bulk."""
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 1 << 20
 
 
 class Lane(enum.StrEnum):
-    """Who waits for the answer: a person (interactive) or a job (bulk)."""
+    """The lane of a request: a person waits for the answer (interactive), or a job (bulk)."""
 
     INTERACTIVE = "interactive"
     BULK = "bulk"
 
 
 def choose_lane(header: str | None, texts: int) -> Lane:
-    """The lane a request asked for, else the one its size suggests. Raises `InvalidRequest`."""
+    """Returns the lane that a request asks for, else the one that its size suggests. Raises `InvalidRequest`."""
     if header is None:
         return Lane.INTERACTIVE if texts <= INTERACTIVE_MAX_TEXTS else Lane.BULK
     try:
@@ -65,7 +65,7 @@ def choose_lane(header: str | None, texts: int) -> Lane:
 
 
 def parse_timeout_s(header: str | None) -> float | None:
-    """Seconds the caller allows for the whole request, or None. Raises `InvalidRequest`."""
+    """Returns the seconds that the caller allows for the whole request, or None. Raises `InvalidRequest`."""
     if header is None:
         return None
     try:
@@ -83,7 +83,7 @@ def parse_timeout_s(header: str | None) -> float | None:
 
 
 class WireError(ValueError):
-    """A binary reply that breaks the contract; what it says goes to the log, not to a caller."""
+    """A reply of a replica breaks the contract. The message goes to the log, not to a caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class ModelCard:
     """What a gateway must know of a loaded model to build cache keys and check requests.
 
     `fingerprint` changes with anything that changes a vector: weights, pooling, max length, backend, dtype.
-    `pooling` is sentence-transformers' word for it: "mean", "cls"; "" if the model does not say.
+    `pooling` is sentence-transformers' name for it, such as "mean" or "cls"; "" if the model does not say.
     """
 
     id: Annotated[str, Field(min_length=1)]
@@ -105,7 +105,7 @@ class ModelCard:
     default_prompt_name: str | None = None
 
     def prompt(self, name: str | None) -> str:
-        """The prompt text put before each text; "" for none. Raises `InvalidRequest` for a name the model lacks."""
+        """Returns the prompt that is put before each text, "" for none. Raises `InvalidRequest` for an unknown name."""
         name = name if name is not None else self.default_prompt_name
         if name is None:
             return ""
@@ -121,13 +121,13 @@ class ModelCard:
             ) from None
 
     def to_json(self) -> str:
-        """Canonical: equal cards give equal text."""
+        """Returns canonical JSON: equal cards give equal text."""
         return orjson.dumps(asdict(self), option=orjson.OPT_SORT_KEYS).decode()
 
     @staticmethod
     @functools.lru_cache(maxsize=64)  # every reply carries the same few cards
     def from_json(text: str | bytes) -> ModelCard:
-        """Raises `WireError` on anything that `to_json` would not write."""
+        """Reads a card. Raises `WireError` on anything that `to_json` would not write."""
         try:
             return _CARD.validate_json(text)
         except ValidationError as invalid:
@@ -139,7 +139,7 @@ _CARD = TypeAdapter(ModelCard)
 
 @dataclass(frozen=True, slots=True)
 class ListedModel:
-    """One model of a replica's `GET /models`. `card` is there once the model has been loaded there."""
+    """One model of a replica's `GET /models`. It has a card once the model has been loaded there."""
 
     id: Annotated[str, Field(min_length=1)]
     state: str
@@ -148,14 +148,14 @@ class ListedModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelList:
-    """What a replica's `GET /models` says: every model it would load, and which one answers if none is named."""
+    """What a replica's `GET /models` says: every model that it may load, and which one answers if none is named."""
 
     default: str
     models: Sequence[ListedModel]
 
     @staticmethod
     def from_json(text: str | bytes) -> ModelList:
-        """Raises `WireError`; fields it does not know are ignored."""
+        """Reads a list. Unknown fields are ignored. Raises `WireError`."""
         try:
             listed = _LIST.validate_json(text)
         except ValidationError as invalid:
@@ -187,7 +187,7 @@ class Tokenized:
 
     @staticmethod
     def from_json(text: str | bytes) -> Tokenized:
-        """Raises `WireError`."""
+        """Reads a reply. Raises `WireError`."""
         try:
             return _TOKENIZED.validate_json(text)
         except ValidationError as invalid:
@@ -199,7 +199,7 @@ _TOKENIZED = TypeAdapter(Tokenized)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Embedded:
-    """One computed list of texts, as it travels.
+    """The vectors of a list of texts, as they travel from replica to gateway.
 
     vectors float32 [n, dimension], tokens int32 [n] before truncation, truncated bool [n].
     """
@@ -210,6 +210,7 @@ class Embedded:
     truncated: NDArray[np.bool_]
 
     def to_bytes(self) -> bytes:
+        """Returns the safetensors file that the module describes."""
         tensors: list[tuple[str, str, NDArray[Any]]] = [
             ("embeddings", "F32", np.ascontiguousarray(self.vectors, "<f4")),
             ("tokens", "I32", np.ascontiguousarray(self.tokens, "<i4")),
@@ -228,7 +229,7 @@ class Embedded:
 
     @classmethod
     def from_bytes(cls, body: bytes, *, texts: int) -> Embedded:
-        """Reads without copying a vector; checks that it answers `texts` texts. Raises `WireError`."""
+        """Reads a file without copying a vector, and checks that it answers `texts` texts. Raises `WireError`."""
         length = int.from_bytes(body[:_LENGTH_BYTES], "little")
         if len(body) < _LENGTH_BYTES or length > min(_MAX_HEADER_BYTES, len(body) - _LENGTH_BYTES):
             raise WireError(f"{len(body)} bytes are no safetensors file")

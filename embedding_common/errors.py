@@ -1,10 +1,10 @@
-"""Everything a caller can be told went wrong, on one screen. Dialects map each class to a status by table."""
+"""Every problem that a caller can be told of, on one screen. Each dialect maps them to statuses by a table."""
 
 from __future__ import annotations
 
 
 class Problem(Exception):
-    """Base. The message goes to the caller: it names field, limit and value, never a text or a secret."""
+    """The base of all problems. Its message goes to the caller and names field, limit, value, never a text or key."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Unauthorized(Problem):
 
 
 class Forbidden(Problem):
-    """The key given is good, but not for this."""
+    """The key is valid, but does not open this."""
 
 
 class RequestTimeout(Problem):
@@ -56,7 +56,7 @@ class RequestTimeout(Problem):
 
 
 class BodyTooLarge(Problem):
-    """More bytes, or more work, than can ever fit."""
+    """The request has more bytes, or needs more work, than can ever fit."""
 
 
 class UnknownModel(Problem):
@@ -64,11 +64,11 @@ class UnknownModel(Problem):
 
 
 class Overloaded(Problem):
-    """No room now; the same request may fit after `retry_after_s`."""
+    """There is no room now; the same request may fit after `retry_after_s` seconds."""
 
 
 class Unavailable(Problem):
-    """Nobody can compute now: loading, draining, or no replica is up."""
+    """Nothing can be computed now: the model loads, the process drains, or no replica is up."""
 
 
 class DeadlineExceeded(Problem):
@@ -76,8 +76,8 @@ class DeadlineExceeded(Problem):
 
 
 class InferenceFailed(Problem):
-    """The model, or the replica that runs it, broke while it computed."""
+    """The model, or the replica that runs it, failed while it computed."""
 
 
 class ClientGone(Exception):
-    """The caller hung up before there was an answer: there is nobody to tell."""
+    """The caller hung up before there was an answer, so no answer is sent."""

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-MAX_SECRET_BYTES = 1 << 16  # a file of keys, not a device or somebody's data
+MAX_SECRET_BYTES = 1 << 16  # the most that is read of a file of keys, in case its path names a device or other data
 _BEARER = b"bearer "
 
 
 class Keys:
-    """A set of keys. Empty: nothing is locked.
+    """A set of keys. If it is empty, nothing is locked.
 
     Keys are kept and looked up as digests under a random key of this process: how long a look-up takes depends on
-    digests that nobody outside can know, and a dump of this object holds no key.
+    digests that no caller can know, and a dump of this object holds no key.
     """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
@@ -39,7 +39,7 @@ class Keys:
 
 
 def parse_keys(text: str) -> tuple[str, ...]:
-    """The keys in a comma or line separated list. Raises `ValueError`, whose message holds none of them."""
+    """Returns the keys in a comma or line separated list. Raises `ValueError`, whose message holds none of them."""
     keys = tuple(text.replace(",", " ").split())
     if not keys:
         raise ValueError("is set, but holds no key")
@@ -49,7 +49,7 @@ def parse_keys(text: str) -> tuple[str, ...]:
 
 
 def bearer(scope: Mapping[str, Any]) -> bytes | None:
-    """The key in `Authorization: Bearer ...`, or None."""
+    """Returns the key in `Authorization: Bearer ...`, or None."""
     for name, value in scope["headers"]:
         if name == b"authorization":
             given: bytes = value
@@ -58,9 +58,9 @@ def bearer(scope: Mapping[str, Any]) -> bytes | None:
 
 
 def secrets_from_files(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """`values` with each secret NAME that is given as NAME_FILE read from there, less the line's end.
+    """Returns `values`, with each secret NAME that is given as NAME_FILE read from that file, without its line end.
 
-    Raises `ValueError` with one line: a file that is missing or empty must not leave a door open.
+    Raises `ValueError` with one line: a file that is missing or empty must not leave the service open.
     """
     read = dict(values)
     for name in names:
@@ -72,8 +72,8 @@ def secrets_from_files(values: Mapping[str, Any], names: Iterable[str]) -> dict[
         try:
             with Path(path).open("rb") as file:
                 secret = file.read(MAX_SECRET_BYTES).decode().strip()
-        except (OSError, UnicodeDecodeError) as trouble:
-            why = trouble.strerror if isinstance(trouble, OSError) else "it is not UTF-8"
+        except (OSError, UnicodeDecodeError) as problem:
+            why = problem.strerror if isinstance(problem, OSError) else "it is not UTF-8"
             raise ValueError(f"{name}_FILE: cannot read {path}: {why}") from None
         if not secret:
             raise ValueError(f"{name}_FILE: {path} is empty")

@@ -1,10 +1,11 @@
-"""The gateway: text in, vector out, computed at most once. Start at `embedder.py`.
+"""The gateway: text in, vector out, computed at most once. Start at `core/embedder.py`.
 
-app        HTTP in; wiring and lifetime of everything below
-api        a dialect: bytes -> Ask, Answer -> bytes
-embedder   key -> L1 -> flights -> fill                            (the path)
-fill       L2 -> upstream -> L1 and L2, for all who wait
-lru        L1, in this process          redis_cache   L2, shared by all gateways
-upstream   pieces of work to HAProxy, which picks one of the replicas (`ml_base`)
-catalog    which model answers, and under which fingerprint its vectors are kept
+core           the path of a text: key -> L1 -> flights -> L2 -> replicas
+cache          L1 in this process, L2 in Redis, the epoch of the last clear
+upstream       lanes of work to HAProxy, one exchange with a replica, retries, outlier ejection
+api            the table of routes, the dialects, and what drives them
+observability  metrics, the scoreboard that processes share, log throttle
+process        the supervisor and its workers
+tools          clients of the running service; nothing above imports them
+app, service   wiring and lifetime of everything above
 """

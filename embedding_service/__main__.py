@@ -1,4 +1,4 @@
-"""Reads the environment once, takes the port, and keeps the workers that serve on it (`server.py`)."""
+"""Reads the environment once, takes the port, and keeps the workers that serve on it (`process/worker.py`)."""
 
 from __future__ import annotations
 
@@ -8,47 +8,46 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
+from embedding_common import command_line
 from embedding_common.http.bind import bind
-from embedding_service.config import Settings, SettingsError, from_environment
-from embedding_service.observability.scoreboard import Board, withdraw
+from embedding_service.config import Settings
+from embedding_service.observability.scoreboard import Scoreboard, withdraw
 from embedding_service.process.supervisor import Supervisor
 
 if TYPE_CHECKING:
     import socket
 
-CLOSE_S = 5.0  # for connections, queued writes and the interpreter, after draining and finishing
+PROGRAM = "embedding-service"
+CLOSE_S = 5.0
+"""The time, in seconds, for connections, queued writes and the interpreter to close after draining and finishing."""
 
 
 def main() -> None:
-    """Exits with 2 and one line a variable if the environment is wrong, with 1 and one line if the port is taken."""
-    try:
-        settings = from_environment()
-    except SettingsError as wrong:
-        sys.exit(_complain(2, wrong))
+    """Exits with 2 and one line for each wrong variable, or with 1 and one line if the port is taken."""
+    settings = command_line.start(
+        PROGRAM,
+        Settings,
+        command=PROGRAM,
+        description="The gateway: answers embedding requests from its caches, and has the rest computed by replicas.",
+    )
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(process)d %(name)s %(message)s")
     try:
         listener = bind(settings.host, settings.port, variables="HOST, PORT")
     except OSError as taken:
-        sys.exit(_complain(1, taken))
+        command_line.end(PROGRAM, command_line.EXIT_FAILED, taken)
     sys.exit(asyncio.run(_supervise(settings, listener)))
 
 
 async def _supervise(settings: Settings, listener: socket.socket) -> int:
-    board_fd = Board.file()
+    scoreboard_fd = Scoreboard.file()
     supervisor = Supervisor(
         listener=listener,
-        board_fd=board_fd,
+        scoreboard_fd=scoreboard_fd,
         workers=settings.workers,
         stop_within_s=settings.drain_s + settings.stop_s + CLOSE_S,
-        ended=partial(withdraw, board_fd),
+        on_worker_end=partial(withdraw, scoreboard_fd),
     )
     return await supervisor.run()
-
-
-def _complain(code: int, trouble: Exception) -> int:
-    for line in str(trouble).splitlines():
-        sys.stderr.write(f"embedding-service: {line}\n")
-    return code
 
 
 if __name__ == "__main__":

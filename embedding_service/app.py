@@ -10,31 +10,30 @@ from fastapi import FastAPI
 from embedding_common.contract import Lane
 from embedding_common.http import edge
 from embedding_common.keys import Keys, parse_keys
-from embedding_service.api import docs, ops
+from embedding_service.api import routes
 from embedding_service.api.auth import Gate
-from embedding_service.api.dialects.native import NativeDialect
-from embedding_service.api.dialects.openai import OpenAIDialect
-from embedding_service.api.dialects.tei import TeiDialect
-from embedding_service.api.dialects.weaviate import WeaviateDialect
-from embedding_service.api.document import document
+from embedding_service.api.dialects.dialect import Limits
+from embedding_service.api.framework import add_routes
 from embedding_service.api.render import Renderer
-from embedding_service.api.routes import Dialects, words
 from embedding_service.api.serving import LARGE_BODIES_BYTES, Serving
 from embedding_service.cache.entry import Entry
+from embedding_service.cache.epoch import Epoch
 from embedding_service.cache.lru import LRU
-from embedding_service.cache.redis.client import NoCache, RedisCache
-from embedding_service.core.admission import Admission
-from embedding_service.core.audit import Drift
+from embedding_service.cache.null_store import NullStore
+from embedding_service.cache.redis.client import RedisClient
+from embedding_service.cache.redis.store import RedisStore
+from embedding_service.core.audit import Audit
 from embedding_service.core.catalog import Catalog
 from embedding_service.core.embedder import Embedder
-from embedding_service.core.fill import Fill, Landed
-from embedding_service.core.query import Miss
+from embedding_service.core.fill import Fill, Landing
+from embedding_service.core.query import Miss, Resolved
 from embedding_service.core.singleflight import Flights
 from embedding_service.observability.metrics import VERSION
 from embedding_service.service import Service
-from embedding_service.upstream.calls import Replicas
-from embedding_service.upstream.http import Balancer
-from embedding_service.upstream.lanes import Upstream
+from embedding_service.upstream.calls import Balancer, Replicas
+from embedding_service.upstream.ejection import Ejections
+from embedding_service.upstream.lanes import Admission, Lanes
+from embedding_service.upstream.retry import Retry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -47,24 +46,13 @@ if TYPE_CHECKING:
 
 def build_service(settings: Settings, metrics: Metrics) -> Service:
     """The parts of one gateway process, wired and not yet open."""
-    store = _store(settings, metrics)
-    admission = Admission(
-        max_pending_bytes={
-            Lane.INTERACTIVE: settings.max_pending_interactive_bytes,
-            Lane.BULK: settings.max_pending_bulk_bytes,
-        }
-    )
+    l1 = LRU[Entry](max_entries=settings.cache_size)
+    epoch = Epoch(forget=l1.clear, cell=metrics.board.epoch_cell)
+    store = _store(settings, epoch, metrics)
     balancer = Balancer(settings.ml_base_url)
-    replicas = Replicas(balancer=balancer, timeout_s=settings.ml_base_timeout_s, metrics=metrics)
-    upstream = Upstream(
-        replicas=replicas,
-        piece_bytes=settings.piece_bytes,
-        max_texts=settings.max_texts,
-        max_body_bytes=settings.max_body_bytes,
-        calls={Lane.INTERACTIVE: settings.interactive_calls, Lane.BULK: settings.bulk_calls},
-        admission=admission,
-        metrics=metrics,
-    )
+    ejections = Ejections()
+    retry = Retry(ejections=ejections, metrics=metrics)
+    replicas = Replicas(balancer=balancer, retry=retry, timeout_s=settings.ml_base_timeout_s)
     catalog = Catalog(
         fetch=replicas.models,
         probe=replicas.probe,
@@ -73,35 +61,58 @@ def build_service(settings: Settings, metrics: Metrics) -> Service:
         aliases=settings.aliases(),
         unknown=settings.unknown_model,
     )
-    l1 = LRU[Entry](max_entries=settings.cache_size)
-    flights = Flights[Miss, Landed](
-        on_settled=lambda flight: admission.release(flight.payload.lane, flight.payload.work_bytes)
+    admission = Admission(
+        max_pending_bytes={
+            Lane.INTERACTIVE: settings.max_pending_interactive_bytes,
+            Lane.BULK: settings.max_pending_bulk_bytes,
+        }
     )
-    fill = Fill(
-        l1=l1,
-        l1_ttl_s=settings.cache_ttl_s,
-        flights=flights,
-        store=store,
-        upstream=upstream,
-        catalog=catalog,
+    flights = Flights[Miss, Resolved](on_settled=admission.release_flight)
+    landing = Landing(l1=l1, l1_ttl_s=settings.cache_ttl_s, flights=flights, store=store, catalog=catalog, epoch=epoch)
+    lanes = Lanes(
+        replicas=replicas,
+        retry=retry,
+        settle=landing.settle,
+        chunk_bytes=settings.piece_bytes,
+        max_texts=settings.max_texts,
+        max_body_bytes=settings.max_body_bytes,
+        calls={Lane.INTERACTIVE: settings.interactive_calls, Lane.BULK: settings.bulk_calls},
+        call_timeout_s=settings.ml_base_timeout_s,
+        admission=admission,
         metrics=metrics,
     )
-    drift = None
+    fill = Fill(landing=landing, store=store, upstream=lanes, epoch=epoch, metrics=metrics)
+    audit = None
     if settings.check_hits:
-        drift = Drift(one_in=settings.check_hits, compute=upstream.compute_aside, metrics=metrics)
+        audit = Audit(one_in=settings.check_hits, compute=lanes.compute_aside, metrics=metrics)
     embedder = Embedder(
         l1=l1,
+        epoch=epoch,
         flights=flights,
         fill=fill,
         entry_ttl_s=settings.redis_ttl_s,
         admission=admission,
-        upstream=upstream,
+        upstream=lanes,
         catalog=catalog,
         metrics=metrics,
-        drift=drift,
+        audit=audit,
     )
     return Service(
-        settings, metrics, l1, flights, store, admission, balancer, replicas, upstream, catalog, fill, embedder, drift
+        settings=settings,
+        metrics=metrics,
+        l1=l1,
+        epoch=epoch,
+        flights=flights,
+        store=store,
+        admission=admission,
+        balancer=balancer,
+        ejections=ejections,
+        replicas=replicas,
+        lanes=lanes,
+        catalog=catalog,
+        fill=fill,
+        embedder=embedder,
+        audit=audit,
     )
 
 
@@ -115,9 +126,9 @@ def create_app(service: Service, *, started: Callable[[], None] | None = None) -
             # closed in reverse: no new fills, then no calls, then the writes they left behind
             await stack.enter_async_context(service.store)
             await stack.enter_async_context(service.balancer)
-            await stack.enter_async_context(service.upstream)
-            if service.drift is not None:
-                await stack.enter_async_context(service.drift)
+            await stack.enter_async_context(service.lanes)
+            if service.audit is not None:
+                await stack.enter_async_context(service.audit)
             await stack.enter_async_context(service.fill)
             await stack.enter_async_context(service.catalog)
             await stack.enter_async_context(service)
@@ -134,19 +145,16 @@ def create_app(service: Service, *, started: Callable[[], None] | None = None) -
         docs_url=None,
         redoc_url=None,
     )
-    document(app)
-    app.include_router(ops.router(service))
-    app.include_router(docs.router(title=app.title))
-    edge.answer_unknown_routes(app, words=words)
-    direct = _dialects(service).routes()
+    add_routes(app, service)
+    edge.answer_unknown_routes(app, refusals_of=routes.refusals_of)
     gate = _gate(settings)
     return edge.Edge(
         app,
-        direct=direct,
-        observe=service.observe,
-        draining=lambda: service.draining,
+        direct=routes.direct(service, _serving(service)),
+        observe=service.metrics.observe,
+        process=service,
         admit=gate.admit if gate.locks else None,
-        words=words,
+        refusals_of=routes.refusals_of,
     )
 
 
@@ -157,39 +165,38 @@ def _gate(settings: Settings) -> Gate:
     return Gate(
         keys=keys(settings.api_keys),
         admin_keys=keys(settings.admin_api_keys),
-        operator_paths_open=settings.operator_paths_open,
+        open_paths=routes.open_paths(operator_paths_open=settings.operator_paths_open),
+        admin_prefixes=routes.admin_paths(),
     )
 
 
-def _dialects(service: Service) -> Dialects:
+def _serving(service: Service) -> Serving:
     settings = service.settings
-    accept_empty = settings.empty_texts == "accept"
-    serving = Serving(
+    return Serving(
         embedder=service.embedder,
         catalog=service.catalog,
         renderer=Renderer(max_ready_bytes=settings.ready_json_bytes),
-        max_texts=settings.max_texts,
-        max_text_bytes=settings.max_text_bytes,
+        limits=Limits(
+            max_texts=settings.max_texts,
+            max_text_bytes=settings.max_text_bytes,
+            max_openai_inputs=settings.openai_max_inputs,
+            accept_empty=settings.empty_texts == "accept",
+        ),
         max_body_bytes=settings.max_body_bytes,
         large_bodies_bytes=max(settings.max_body_bytes, LARGE_BODIES_BYTES // settings.workers),
         auto_truncate=settings.auto_truncate,
-    )
-    return Dialects(
-        serving,
-        native=NativeDialect(serving, edition=settings.edition),
-        openai=OpenAIDialect(serving, max_inputs=settings.openai_max_inputs, accept_empty=accept_empty),
-        tei=TeiDialect(serving, catalog=service.catalog, replicas=service.replicas, accept_empty=accept_empty),
-        weaviate=WeaviateDialect(serving),
+        edition=settings.edition,
     )
 
 
-def _store(settings: Settings, metrics: Metrics) -> RedisCache:
+def _store(settings: Settings, epoch: Epoch, metrics: Metrics) -> RedisStore | NullStore:
     if not settings.redis_enabled:
-        return NoCache(metrics=metrics)
-    return RedisCache(
+        return NullStore()
+    client = RedisClient(
         host=settings.redis_host,
         port=settings.redis_port,
         password=settings.redis_password.get_secret_value() if settings.redis_password else None,
-        timeout_s=settings.redis_timeout_s,
+        epoch=epoch,
         metrics=metrics,
     )
+    return RedisStore(client=client, timeout_s=settings.redis_timeout_s, metrics=metrics)

@@ -1,4 +1,4 @@
-"""What can go wrong inside the gateway, beside the problems both ends share (`embedding_common.errors`)."""
+"""The errors of the gateway: those that both processes share (`embedding_common.errors`), and one of its own."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ __all__ = [
 
 
 class StartOver(Exception):
-    """A flight ended for a reason that is not its waiters' own: each may look up and claim once more.
+    """A flight ended for a reason that is not its waiters' own: each of them may look up and claim once more.
 
-    `problem` is what a waiter tells its caller if it happens to it twice.
+    `problem` is what a waiter tells its caller if this happens to it twice.
     """
 
     def __init__(self, problem: Problem) -> None:

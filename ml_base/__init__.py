@@ -1,6 +1,6 @@
-"""ML-Base: the model server. Importing it loads no torch: `models.load` imports the backend that was chosen.
+"""ML-Base: the model server. Importing it loads no torch: `models.loading` imports the backend that was chosen.
 
-`wire`, `native`, `asgi` and `errors` are the contract with the gateway, which imports these four and nothing else.
-A request goes  app -> models -> tokenizer thread -> batcher -> inference thread -> backend  and comes back as JSON
-(a caller) or safetensors (the gateway).
+A request passes  app -> models -> tokenizer thread -> batcher -> inference thread -> backend  and its vectors come back
+as JSON, or as safetensors if the caller is a gateway. What gateway and model server have in common is in
+`embedding_common`; neither imports the other.
 """

@@ -1,4 +1,4 @@
-"""The HTTP face of the loaded models: `POST /embed` and the operator's routes, wired and torn down in one place."""
+"""The HTTP interface of the loaded models: `POST /embed`, `POST /tokenize`, and the operator's routes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from embedding_common import contract, errors, native
+from embedding_common import contract, encoding, errors, native, refusals
 from embedding_common.http import edge
 from embedding_common.keys import bearer
 from ml_base.machine.memory import resident_bytes
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from ml_base.config import Settings
     from ml_base.machine.threads import Threads
     from ml_base.metrics import Metrics
-    from ml_base.models.registry import Models
+    from ml_base.models.models import Models
 
 T = TypeVar("T")
 
 EXIT_STUCK = 70  # sysexits.h: internal software error
-_MAX_NAME_BYTES = 4096  # a request that holds nothing but a model's name
+_MAX_NAME_BYTES = 4096  # the largest body of a request that only names a model
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class ModelRequest(BaseModel):
 
 @dataclass(slots=True)
 class _Trace:
-    """What the log says of one embed request; never a text."""
+    """What the log says about one embed request; never a text."""
 
     texts: int
     lane: contract.Lane
@@ -71,7 +71,7 @@ class _Trace:
 
 
 class Replica:
-    """The models with what the routes share: settings, metrics, and whether the replica is being taken away."""
+    """The models with what the routes share: settings, metrics, and whether the replica drains."""
 
     def __init__(self, settings: Settings, models: Models, metrics: Metrics, threads: Threads) -> None:
         self.settings = settings
@@ -86,16 +86,16 @@ class Replica:
         return f"<Replica {self.settings.instance_id} draining={self.draining} {self.models!r}>"
 
     def drain(self) -> None:
-        """From now on health says no, so that the balancer sends nothing new; what arrives is still answered."""
+        """Makes health answer 503, so that the balancer sends nothing new; what arrives is still answered."""
         self.draining = True
 
-    def troubles(self) -> list[str]:
-        """Why a balancer should send nothing here; empty when all is well."""
+    def unhealthy(self) -> list[str]:
+        """Returns the reasons why a balancer should send nothing here; none if all is well."""
         draining = ["draining"] if self.draining else []
-        return draining + self.models.troubles(stuck_s=self.settings.stuck_s)
+        return draining + self.models.unhealthy(stuck_s=self.settings.stuck_s)
 
     async def end_when_stuck(self, end: Callable[[int], object] = os._exit) -> None:
-        """A thread that never comes back from native code cannot be ended: only the process can."""
+        """Ends the process if a batch runs for too long: a thread that hangs in native code cannot be ended alone."""
         while limit_s := self.settings.stuck_exit_s:
             await asyncio.sleep(min(1.0, limit_s))
             if (running_s := self.models.running_for_s()) > limit_s:
@@ -103,7 +103,7 @@ class Replica:
                 end(EXIT_STUCK)
 
     async def embed(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """`POST /embed`: parse, compute unless the caller hangs up, write."""
+        """Answers `POST /embed`: parses, computes, writes. Raises `Problem`, or `ClientGone` if the caller leaves."""
         started = time.perf_counter()
         limits = self.settings
         lane_header, timeout_header = (
@@ -111,11 +111,11 @@ class Replica:
         )
         timeout_s = contract.parse_timeout_s(timeout_header)
         body = await edge.read_body(scope, receive, limit_bytes=limits.max_body_bytes)
-        request = native.parse(body, max_texts=limits.max_texts, max_text_bytes=limits.max_text_bytes)
-        trace = _Trace(len(request.texts), contract.choose_lane(lane_header, len(request.texts)))
+        texts, request = native.parse(native.EmbedRequest, body, limits)
+        trace = _Trace(len(texts), contract.choose_lane(lane_header, len(texts)))
         scope["state"]["trace"] = trace
         binary = contract.BINARY_TYPE in (edge.header(scope, "accept") or "")
-        # a binary reply says which texts were cut; its reader refuses, and keeps the vectors for others
+        # a binary reply says which texts were cut; its reader refuses them, and keeps the vectors for other requests
         work = self._embed(request, trace.lane, truncate=binary or request.truncate is not False, timeout_s=timeout_s)
         embedded = await _unless_gone(receive, work)
         trace.tokens = int(embedded.tokens.sum())
@@ -131,7 +131,8 @@ class Replica:
     ) -> contract.Embedded:
         started = time.monotonic()
         async with self.models.use(request.model_id, timeout_s=timeout_s) as model:
-            native.check_dimensions(request.dimensions, model.card)
+            if request.dimensions is not None:
+                refusals.check_dimensions(request.dimensions, model.card)
             return await model.embed(
                 request.texts,
                 lane=lane,
@@ -142,7 +143,7 @@ class Replica:
             )
 
     async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """`POST /tokenize`: how a model reads texts."""
+        """Answers `POST /tokenize`: how a model reads texts. Raises `Problem`, `ClientGone`."""
         limits = self.settings
         body = await edge.read_body(scope, receive, limit_bytes=limits.max_body_bytes)
         request = native.read(TokenizeRequest, body)
@@ -158,7 +159,10 @@ class Replica:
         await edge.send_bytes(send, 200, [orjson.dumps(reply)])
 
     async def change(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """`POST /models/load` and `/models/unload`: returns when it is done, with what `/models` says then."""
+        """Answers `POST /models/load` and `/models/unload` when it is done, with what `/models` says then.
+
+        Raises `Problem`, `ClientGone`.
+        """
         if self._admin_keys and (bearer(scope) or b"") not in self._admin_keys:
             raise errors.Unauthorized("authorization: needs an admin key", field="authorization")
         request = native.read(ModelRequest, await edge.read_body(scope, receive, limit_bytes=_MAX_NAME_BYTES))
@@ -166,17 +170,17 @@ class Replica:
         await edge.send_bytes(send, 200, [orjson.dumps(self.listed())])
 
     async def _json(self, embedded: contract.Embedded, request: native.EmbedRequest, started: float) -> list[bytes]:
-        vectors = native.shape(
+        vectors = encoding.fit_vectors(
             embedded.vectors, dimensions=request.dimensions, normalize=request.normalize is not False
         )
         rows = []
-        for chunk in native.encode_rows(vectors, request.encoding_format):
+        for chunk in encoding.encode_rows(vectors, request.encoding_format):
             rows.append(chunk)
-            await asyncio.sleep(0)  # others get their turn between the milliseconds that digits take
-        return native.assemble_reply(
+            await asyncio.sleep(0)  # other tasks get their turn: writing the digits of a chunk takes a millisecond
+        return native.write_reply(
             rows,
             dimension=vectors.shape[1],
-            texts=len(vectors),
+            texts=request.texts,
             model=embedded.card.id,
             took_s=time.perf_counter() - started,
             cached=0,
@@ -184,7 +188,7 @@ class Replica:
         )
 
     def observe(self, scope: Scope, status: int, took_s: float) -> None:
-        """Counts every reply; embed requests that got as far as a lane leave one line in the log."""
+        """Counts every reply, and logs one line for each embed request that has reached a lane."""
         self.metrics.request(scope["path"], status)
         state = scope["state"]
         trace: _Trace | None = state.get("trace")
@@ -198,13 +202,13 @@ class Replica:
         )
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        reasons = self.troubles()
+        reasons = self.unhealthy()
         if reasons:
             return 503, {"status": "unhealthy", "reasons": reasons, "instance": self.settings.instance_id}
         return 200, {"status": "healthy", "model": self.models.default_id, "instance": self.settings.instance_id}
 
     def listed(self) -> dict[str, Any]:
-        """Every model, the default first; a gateway learns their cards here before it has sent anything."""
+        """Returns what `/models` says, the default model first. A gateway learns cards here before its first text."""
         return {
             "default": self.models.default_id,
             "models": self.models.listed(),
@@ -233,7 +237,7 @@ class Replica:
 
 
 def create_app(replica: Replica) -> ASGIApp:
-    """The routes of a replica. Its threads run between startup and shutdown of the app's lifespan."""
+    """Returns the ASGI app of a replica. Its threads run between startup and shutdown of the app's lifespan."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -246,13 +250,13 @@ def create_app(replica: Replica) -> ASGIApp:
                 watch.cancel()
 
     app = FastAPI(title="ML-Base", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
-    refusals: dict[int | str, dict[str, Any]] = {
-        status: {"model": native.ErrorReply} for status, _ in native.STATUS.values()
+    refused: dict[int | str, dict[str, Any]] = {
+        status: {"model": refusals.ErrorReply} for status, _ in refusals.STATUS.values()
     }
-    app.add_api_route("/embed", _documented, methods=["POST"], responses=refusals)
-    app.add_api_route("/tokenize", _documented_tokenize, methods=["POST"], responses=refusals)
+    app.add_api_route("/embed", _documented, methods=["POST"], responses=refused)
+    app.add_api_route("/tokenize", _documented_tokenize, methods=["POST"], responses=refused)
     for path in ("/models/load", "/models/unload"):
-        app.add_api_route(path, _documented_change, methods=["POST"], responses=refusals)
+        app.add_api_route(path, _documented_change, methods=["POST"], responses=refused)
     _add_operator_routes(app, replica)
     edge.answer_unknown_routes(app)
     direct = {
@@ -261,12 +265,12 @@ def create_app(replica: Replica) -> ASGIApp:
         "/models/load": edge.guarded(replica.change),
         "/models/unload": edge.guarded(replica.change),
     }
-    return edge.Edge(app, direct=direct, observe=replica.observe, draining=lambda: replica.draining)
+    return edge.Edge(app, direct=direct, observe=replica.observe, process=replica)
 
 
 def _documented(body: native.EmbedRequest) -> native.EmbedReply:  # type: ignore[empty-body]  # never called
-    """Embed texts, uncached. With `Accept: application/vnd.safetensors` the reply is binary (see ml_base/contract.py):
-    the model's own vectors at full dimension, token counts, and which texts were cut.
+    """Embed texts, uncached. With `Accept: application/vnd.safetensors` the reply is binary (see
+    embedding_common/contract.py): the model's own vectors at full dimension, token counts, and which texts were cut.
     """
 
 
@@ -311,7 +315,7 @@ def _json_reply(body: dict[str, Any], status: int = 200) -> Response:
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, or `ClientGone` once the caller hangs up: then `work` is cancelled."""
+    """Returns the result of `work`. Raises `ClientGone` once the caller hangs up: then `work` is cancelled."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(edge.disconnected(receive))
     try:

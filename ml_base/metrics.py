@@ -1,4 +1,4 @@
-"""What a replica counts. Own registry, bounded labels, and every series exists from the start."""
+"""What a replica counts, in a registry of its own. Labels are bounded, and every series exists from the start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from embedding_common.contract import Lane, ModelCard
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ml_base.batching.slices import SliceReport
+    from ml_base.batching.batches import BatchReport
 
 EMBED = "/embed"
 OPERATOR_ROUTES = ("/health", "/livez", "/models", "/models/load", "/models/unload", "/info", "/metrics", "/tokenize")
@@ -25,7 +25,7 @@ _TEXTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """Each fact is counted once, where it happens; see the help texts."""
+    """The counters of a replica. Each fact is counted once, where it happens; the help texts say what it is."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -42,10 +42,10 @@ class Metrics:
             "lane",
             "outcome",
         )
-        self._slices = self._counter("slices", "Slices computed.", "lane")
-        self._slice_texts = self._histogram("slice_texts", "Texts in a slice.", _TEXTS)
-        self._slice_seconds = self._histogram("slice_seconds", "Time the model took for a slice.", _SECONDS)
-        self._wait_seconds = self._histogram("wait_seconds", "Longest wait of a text in a slice.", _SECONDS)
+        self._batches = self._counter("slices", "Batches computed.", "lane")
+        self._batch_texts = self._histogram("slice_texts", "Texts in a batch.", _TEXTS)
+        self._batch_seconds = self._histogram("slice_seconds", "Time the model took for a batch.", _SECONDS)
+        self._wait_seconds = self._histogram("wait_seconds", "Longest wait of a text in a batch.", _SECONDS)
         self._tokens = self._counter("tokens", "Tokens computed; padding is computed like text.", "kind")
         self._truncated = self._counter("truncated_texts", "Texts answered of which the model read only a part.")
         names = ["model", "fingerprint", "backend", "dtype"]
@@ -67,10 +67,10 @@ class Metrics:
         for kind in ("text", "padding"):
             self._tokens.labels(kind)
         for lane in Lane:
-            self._slices.labels(lane)
+            self._batches.labels(lane)
             for outcome in ("computed", "failed", "dropped", "refused"):
                 self._texts.labels(lane, outcome)
-            for histogram in (self._request_seconds, self._slice_texts, self._slice_seconds, self._wait_seconds):
+            for histogram in (self._request_seconds, self._batch_texts, self._batch_seconds, self._wait_seconds):
                 histogram.labels(lane)
 
     def watch(
@@ -80,13 +80,13 @@ class Metrics:
         draining: Callable[[], bool],
         running_for_s: Callable[[], float],
     ) -> None:
-        """Gauges that are read when somebody asks."""
+        """Adds gauges whose values are read when the metrics are written out."""
         queue = Gauge("ml_base_queue_texts", "Texts admitted and not yet settled.", ["lane"], registry=self.registry)
         for lane in Lane:
             queue.labels(lane).set_function(functools.partial(waiting, lane))
         drain = Gauge("ml_base_draining", "1 once the replica was told to stop.", registry=self.registry)
         drain.set_function(draining)
-        running = Gauge("ml_base_running_seconds", "Age of the slice that runs, 0 when idle.", registry=self.registry)
+        running = Gauge("ml_base_running_seconds", "Age of the batch that runs, 0 when idle.", registry=self.registry)
         running.set_function(running_for_s)
 
     def model_loaded(self, card: ModelCard) -> None:
@@ -96,7 +96,7 @@ class Metrics:
         self._models.remove(*_labels(card))
 
     def request(self, route: str, status: int) -> None:
-        """Unknown paths and unusual statuses share a label: a caller must not be able to make series."""
+        """Counts a reply. Unknown paths and unusual statuses share a label, so that no caller can make new series."""
         known = STATUSES if route == EMBED else OPERATOR_STATUSES
         route = route if route == EMBED or route in OPERATOR_ROUTES else OTHER
         self._requests.labels(route, str(status) if str(status) in known else OTHER).inc()
@@ -104,10 +104,10 @@ class Metrics:
     def answered(self, lane: Lane, took_s: float) -> None:
         self._request_seconds.labels(lane).observe(took_s)
 
-    def slice_done(self, report: SliceReport) -> None:
-        self._slices.labels(report.lane).inc()
-        self._slice_texts.labels(report.lane).observe(report.texts)
-        self._slice_seconds.labels(report.lane).observe(report.took_s)
+    def batch_done(self, report: BatchReport) -> None:
+        self._batches.labels(report.lane).inc()
+        self._batch_texts.labels(report.lane).observe(report.texts)
+        self._batch_seconds.labels(report.lane).observe(report.took_s)
         self._wait_seconds.labels(report.lane).observe(report.oldest_wait_s)
         self._texts.labels(report.lane, "computed").inc(report.texts - report.failed)
         self._texts.labels(report.lane, "failed").inc(report.failed)

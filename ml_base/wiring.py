@@ -1,4 +1,4 @@
-"""From settings to the parts of a replica; the server and `prepare` load their models in the same way."""
+"""Builds the parts of a replica from its settings; the server and `prepare` load their models in the same way."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from ml_base.backends import LoadOptions
 from ml_base.machine import threads
 from ml_base.metrics import Metrics
 from ml_base.models import loading
-from ml_base.models.registry import Models
-from ml_base.models.served import ServedModel
+from ml_base.models.models import Models, ServedModel
 from ml_base.models.warmup import Bounds
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def resolve_all(settings: Settings) -> list[Source]:
-    """The models that may be served, the default first. Raises `ModelUnavailableError`."""
+    """Returns where the models that may be served are, the default model first. Raises `ModelUnavailableError`."""
     resolve = partial(loading.resolve, baked_dir=_baked_dir(settings))
     found = {source.id: source for source in map(resolve, settings.model_names)}
     if len(found) < len(settings.model_names):
@@ -42,17 +41,17 @@ def _baked_dir(settings: Settings) -> Path | None:
 
 
 def set_up(settings: Settings, sources: list[Source]) -> Threads:
-    """What the numeric libraries read when they are imported; later is too late."""
+    """Sets the variables that the numeric libraries read when they are imported; after that it is too late."""
     chosen = threads.choose(wanted=settings.wanted_threads, replicas=settings.replicas_per_host)
     log.info("threads=%d (%s)", chosen.count, chosen.reason)
     os.environ.update(threads.environment(chosen.count))
     if all(source.local for source in sources):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # else a folder's model is looked up on the hub, with retries
+        os.environ["HF_HUB_OFFLINE"] = "1"  # otherwise the model of a folder is looked up on the hub, with retries
     return chosen
 
 
 def loader(settings: Settings, chosen: Threads) -> Callable[[Source], LoadedModel]:
-    """Loads one model. Takes seconds; raises `ModelUnavailableError`."""
+    """Returns the function that loads one model, which takes seconds and may raise `ModelUnavailableError`."""
     options = LoadOptions(
         local=True,
         threads=chosen.count,
@@ -71,14 +70,17 @@ def loader(settings: Settings, chosen: Threads) -> Callable[[Source], LoadedMode
 
 
 def build(settings: Settings) -> Replica:
-    """A replica with its models in memory, not yet serving. Takes seconds; raises `ModelUnavailableError`."""
+    """Returns a replica with its models in memory that does not serve yet.
+
+    That takes seconds. Raises `ModelUnavailableError`.
+    """
     sources = resolve_all(settings)
     chosen = set_up(settings, sources)
     load = loader(settings, chosen)
-    gc.disable()  # importing torch makes a million objects that stay: collecting among them is a fifth of the start
+    gc.disable()  # importing torch makes a million objects that stay; collecting among them takes a fifth of the start
     first = sources if settings.load_at_start == "all" else sources[:1]
     preloaded = {source.id: load(source) for source in first}
-    gc.freeze()  # nor is any later collection to walk over them: that would hold the event loop for 0.1 s
+    gc.freeze()  # no later collection walks over them either: that would hold the event loop for 0.1 s
     gc.enable()
     metrics = Metrics()
     models = Models(

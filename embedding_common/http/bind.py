@@ -1,4 +1,4 @@
-"""Taking a port. Beside `asgi`, for a process that serves nothing itself and so loads no server."""
+"""Takes a port. It is apart from `server`, because the supervisor serves nothing itself and so loads no server."""
 
 from __future__ import annotations
 

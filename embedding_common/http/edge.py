@@ -1,27 +1,23 @@
-"""The HTTP edge both servers share: request ids, bodies with a limit, JSON refusals, draining."""
+"""The edge of both servers, around their apps: request ids, bodies with a limit, whole replies, JSON refusals."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-import os
 import re
 import secrets
-import signal
 import time
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from embedding_common import errors, native
+from embedding_common import errors, refusals
 from embedding_common.contract import REQUEST_ID_HEADER
-from embedding_common.http.protocol import LATE, WHOLE, LimitedProtocol
+from embedding_common.http.protocol import LATE, WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-    from types import FrameType
 
     from fastapi import FastAPI
     from starlette.requests import Request
@@ -34,18 +30,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-JOIN_BYTES = 1 << 18  # below it one copy costs less than the system call that each part is sent with
+JOIN_BYTES = 1 << 18
+"""The largest reply that is joined into one piece: below it one copy costs less than a system call for each part."""
 MAX_REQUEST_ID_CHARS = 128
-# Eight random digits of this process, eight that count: unique without a system call for each request.
+# A made id has eight random digits of this process and eight that count: unique, without a system call each time.
 _ID_PREFIX = secrets.token_hex(4).encode()
 _ID_COUNTER = itertools.count(secrets.randbits(32))
-_REST_UNREAD = (408, 413)  # of the body: the connection cannot carry another request
-SWEEP_TICKS = 10  # of uvicorn, a tenth of a second each
 _PLAIN_ID = re.compile(rb"[\x21-\x7e]+")  # what may be logged and sent back without escaping
+_BODY_UNREAD = (408, 413)  # statuses that leave the rest of a body unread: the connection carries no other request
+
+
+class Drainable(Protocol):
+    """A process that may be told to stop."""
+
+    @property
+    def draining(self) -> bool:
+        """True once every reply should close its connection, so that a balancer opens the next one elsewhere."""
 
 
 def header(scope: Scope, name: str) -> str | None:
-    """The first value of a header, or None."""
+    """Returns the first value of a header, or None. `name` is in lower case."""
     wanted = name.encode()
     for key, value in scope["headers"]:
         if key == wanted:
@@ -53,14 +57,14 @@ def header(scope: Scope, name: str) -> str | None:
     return None
 
 
-def _grown(_: int) -> None:
-    """Nobody counts."""
+def _ignore(_: int) -> None:
+    """Is what `read_body` reports to where the size of bodies is not counted."""
 
 
 async def read_body(
-    scope: Scope, receive: Receive, *, limit_bytes: int, grown: Callable[[int], None] = _grown
+    scope: Scope, receive: Receive, *, limit_bytes: int, grown: Callable[[int], None] = _ignore
 ) -> bytes:
-    """The whole body of a JSON request. `grown` is told how much of it there is, and may refuse more.
+    """Returns the whole body of a request. `grown` is called with its size so far, in bytes, and may refuse more.
 
     Raises `BodyTooLarge` as soon as that is known, `ClientGone` if the caller hangs up, and `RequestTimeout` when
     `LimitedProtocol` says that it took too long.
@@ -80,9 +84,7 @@ async def read_body(
             raise _too_large(size, limit_bytes)
         grown(size)
         if not message.get("more_body", False):
-            body = part if not parts else b"".join((*parts, part))
-            native.check_crowd(body)
-            return body
+            return part if not parts else b"".join((*parts, part))
         parts.append(part)
         if (limit_s := scope["state"].get(LATE)) is not None:
             raise errors.RequestTimeout(f"body: not complete after {limit_s:g} s", field="body", limit=limit_s)
@@ -108,7 +110,7 @@ async def send_bytes(
     content_type: str = "application/json",
     headers: Iterable[tuple[bytes, bytes]] = (),
 ) -> None:
-    """A whole reply. A large one goes out part by part, so that it is never copied into one piece."""
+    """Sends a whole reply. A large one goes out part by part, so that it is never copied into one piece."""
     length = sum(map(len, parts))
     start = [(b"content-type", content_type.encode()), (b"content-length", b"%d" % length), *headers]
     if length <= JOIN_BYTES:
@@ -122,9 +124,9 @@ async def send_bytes(
 
 
 async def send_problem(
-    send: Send, problem: errors.Problem, request_id: str, *, error_body: ErrorBody = native.error_body
+    send: Send, problem: errors.Problem, request_id: str, *, error_body: ErrorBody = refusals.error_body
 ) -> None:
-    """A refusal in the words of a dialect."""
+    """Sends a refusal; `error_body` writes it in the form of a dialect."""
     status, body = error_body(problem, request_id)
     await send_bytes(send, status, [body], headers=_refusal_headers(problem, status))
 
@@ -133,26 +135,28 @@ def _refusal_headers(problem: errors.Problem, status: int) -> list[tuple[bytes, 
     headers = []
     if problem.retry_after_s is not None:
         headers.append((b"retry-after", b"%d" % max(1, round(problem.retry_after_s))))
-    if status in _REST_UNREAD:
+    if status in _BODY_UNREAD:
         headers.append((b"connection", b"close"))
     if status == 401:  # noqa: PLR2004 - RFC 9110 wants the scheme named
         headers.append((b"www-authenticate", b"Bearer"))
-    if status == 500:  # noqa: PLR2004 - OpenAI's clients would send it twice more, and break it twice more
+    if status == 500:  # noqa: PLR2004 - without it OpenAI's clients send the request twice more, to fail again
         headers.append((b"x-should-retry", b"false"))
     return headers
 
 
-def native_words(_: Scope) -> ErrorBody:
-    """For servers that speak no other dialect."""
-    return native.error_body
+def native_refusals(_: Scope) -> ErrorBody:
+    """Returns the native form of refusals, for servers that speak no other dialect."""
+    return refusals.error_body
 
 
 def guarded(
-    endpoint: Callable[[Scope, Receive, Send], Awaitable[None]], *, words: Callable[[Scope], ErrorBody] = native_words
+    endpoint: Callable[[Scope, Receive, Send], Awaitable[None]],
+    *,
+    refusals_of: Callable[[Scope], ErrorBody] = native_refusals,
 ) -> ASGIApp:
-    """An ASGI app around `endpoint` that answers every exception: known ones by table, others with a plain 500.
+    """Returns an ASGI app around `endpoint` that answers every exception: a `Problem` by table, others by a plain 500.
 
-    `words` tells in which dialect; it is asked only then.
+    `refusals_of` returns the form of the dialect that the request speaks; it is called only for a refusal.
     """
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -160,37 +164,37 @@ def guarded(
         try:
             await endpoint(scope, receive, send)
         except errors.Problem as problem:
-            await send_problem(send, problem, request_id, error_body=words(scope))
+            await send_problem(send, problem, request_id, error_body=refusals_of(scope))
         except errors.ClientGone:
             log.info("request_id=%s the caller hung up", request_id)
         except Exception:
             log.exception("request_id=%s failed", request_id)
             generic = errors.InferenceFailed("internal error; the log has the detail under this request_id")
-            await send_problem(send, generic, request_id, error_body=words(scope))
+            await send_problem(send, generic, request_id, error_body=refusals_of(scope))
 
     return app
 
 
-def answer_unknown_routes(app: FastAPI, *, words: Callable[[Scope], ErrorBody] = native_words) -> None:
-    """Refusals by the router itself (404, 405), and problems raised by its routes, in the shape of all others."""
+def answer_unknown_routes(app: FastAPI, *, refusals_of: Callable[[Scope], ErrorBody] = native_refusals) -> None:
+    """Gives refusals by the router itself (404, 405) and problems raised by its routes the form of all others."""
 
     async def refuse(request: Request, refusal: HTTPException) -> Response:
         allowed = (refusal.headers or {}).get("allow") or (refusal.headers or {}).get("Allow")
         problem = _wrong_method(request, allowed) if allowed is not None else _unknown_path(request.scope)
-        status, body = words(request.scope)(problem, request.scope["state"]["request_id"])
+        status, body = refusals_of(request.scope)(problem, request.scope["state"]["request_id"])
         return Response(body, status, refusal.headers, "application/json")
 
-    async def tell(request: Request, problem: errors.Problem) -> Response:
-        status, body = words(request.scope)(problem, request.scope["state"]["request_id"])
+    async def answer(request: Request, problem: errors.Problem) -> Response:
+        status, body = refusals_of(request.scope)(problem, request.scope["state"]["request_id"])
         headers = {name.decode(): value.decode() for name, value in _refusal_headers(problem, status)}
         return Response(body, status, headers, "application/json")
 
     app.add_exception_handler(HTTPException, refuse)  # type: ignore[arg-type]  # Starlette types handlers by Exception
-    app.add_exception_handler(errors.Problem, tell)  # type: ignore[arg-type]  # likewise
+    app.add_exception_handler(errors.Problem, answer)  # type: ignore[arg-type]  # likewise
 
 
 def _wrong_method(request: Request, allowed: str) -> errors.WrongMethod:
-    # never `request.url`, which is put together from the Host header, and fails with it
+    # `request.url` would be made from the Host header, and fails if that is wrong
     path = request.scope["path"][:200]
     return errors.WrongMethod(
         f"method: {path} takes {allowed}, got {request.method}",
@@ -206,17 +210,18 @@ def _unknown_path(scope: Scope) -> errors.UnknownPath:
 
 
 class Edge:
-    """Outermost ASGI layer: gives each request an id, puts it on the reply.
+    """The outermost ASGI layer: gives each request an id, and puts it on the reply.
 
-    `observe(scope, status, seconds)` is called once a request, when its reply is out or its caller has gone.
+    `observe(scope, status, seconds)` is called once for each request, when its reply is out or its caller has gone.
 
     `direct` holds the apps of paths whose cost counts: a POST to exactly such a path goes straight there. The framework
     has the same path for its OpenAPI document and for 405, and answers everything else. A slash at the end of a path
     makes no difference: many clients do not follow redirects.
 
-    `admit(scope)`, if there is one, raises a `Problem` for a request that may go no further; it is told in `words`.
+    `admit(scope)`, if there is one, raises a `Problem` for a request that may go no further; `refusals_of(scope)`
+    returns the form in which it is refused.
 
-    While `draining()` is true every reply closes its connection, so that a balancer opens the next one elsewhere.
+    While `process.draining` is true every reply closes its connection, so that a balancer opens the next one elsewhere.
     """
 
     def __init__(
@@ -225,23 +230,23 @@ class Edge:
         *,
         direct: Mapping[str, ASGIApp],
         observe: Callable[[Scope, int, float], None],
-        draining: Callable[[], bool],
+        process: Drainable,
         admit: Callable[[Scope], None] | None = None,
-        words: Callable[[Scope], ErrorBody] = native_words,
+        refusals_of: Callable[[Scope], ErrorBody] = native_refusals,
     ) -> None:
         self._app = app
         self._direct = direct
         self._observe = observe
-        self._draining = draining
+        self._process = process
         self._admit = admit
-        self._words = words
+        self._refusals_of = refusals_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        sender = _Sender(send, scope, _request_id(scope), self._draining)
+        sender = _Sender(send, scope, _request_id(scope), self._process)
         request_id = sender.request_id.decode()
         scope.setdefault("state", {})["request_id"] = request_id
         path = scope["path"]
@@ -255,7 +260,7 @@ class Edge:
                 if path[-1:] == "\n" and path[:-1] in self._direct:  # the router would take it for the path without
                     raise _unknown_path(scope)
             except errors.Problem as refusal:
-                await send_problem(sender, refusal, request_id, error_body=self._words(scope))
+                await send_problem(sender, refusal, request_id, error_body=self._refusals_of(scope))
                 return
             await (direct or self._app)(scope, receive, sender)
         finally:
@@ -265,14 +270,14 @@ class Edge:
 class _Sender:
     """The `send` of one request behind the edge: puts its id on the reply, and notes the reply's status."""
 
-    __slots__ = ("_draining", "_send", "_write", "request_id", "status")
+    __slots__ = ("_process", "_send", "_write", "request_id", "status")
 
-    def __init__(self, send: Send, scope: Scope, request_id: bytes, draining: Callable[[], bool]) -> None:
+    def __init__(self, send: Send, scope: Scope, request_id: bytes, process: Drainable) -> None:
         self.request_id = request_id
         self.status = 499  # what the log of a proxy calls a caller that hung up before the reply
         self._send = send
-        self._draining = draining
-        # taken out: it leads back to the scope, and a ring of objects for each request would wait for the collector
+        self._process = process
+        # Taken out, because it refers to the scope: a reference cycle for each request would wait for the collector.
         whole = scope.get("extensions", {}).pop(WHOLE, None)
         self._write: WriteWhole | None = None if whole is None else whole["write"]
 
@@ -280,18 +285,19 @@ class _Sender:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = [*message["headers"], (b"x-request-id", self.request_id)]
-            if self._draining():
+            if self._process.draining:
                 headers.append((b"connection", b"close"))
             message["headers"] = headers
         await self._send(message)
 
     def at_once(self, headers: Sequence[tuple[bytes, bytes]], parts: Sequence[bytes]) -> bool:
-        """Writes a whole reply of status 200, if `LimitedProtocol` serves this request and is ready for it.
+        """Writes a whole reply of status 200. Returns False if the connection cannot take it in one go.
 
-        A server that is sent a reply message by message looks at each header on its own, which costs as much as the
-        rest of a cached answer. Here a line too many would show; such a reply takes the other way, and fails there.
+        uvicorn checks each header of a reply that is sent message by message, which costs as much as the rest of a
+        cached answer. Here only the lines are counted: a header that holds a line end sends the reply the other way,
+        where it fails.
         """
-        if self._write is None or self._draining():
+        if self._write is None or self._process.draining:
             return False
         head = b"".join([b"%b: %b\r\n" % header for header in headers])
         if head.count(b"\n") != len(headers):
@@ -309,51 +315,3 @@ def _request_id(scope: Scope) -> bytes:
         if _PLAIN_ID.fullmatch(raw):
             return raw
     return b"%b%08x" % (_ID_PREFIX, next(_ID_COUNTER) & 0xFFFFFFFF)
-
-
-class DrainingServer(uvicorn.Server):
-    """Serves on for `drain_s` after the first SIGTERM or SIGINT, up to `finish_s` longer while requests are in hand,
-    and exits with 0. The port stays open until then: a balancer that is refused takes the server for dead, and cuts
-    off what it still has in hand.
-
-    `on_drain` is called at the first signal: from then on health answers 503, so that the balancer takes the
-    server out of rotation while it still serves what arrives. A second signal stops at once.
-    """
-
-    def __init__(
-        self, config: uvicorn.Config, *, drain_s: float, finish_s: float, on_drain: Callable[[], None]
-    ) -> None:
-        config.timeout_graceful_shutdown = 1  # for connections to close: what was in hand has been waited for
-        super().__init__(config)
-        self._drain_s = drain_s
-        self._finish_s = finish_s
-        self._on_drain = on_drain
-        self._stop_at: float | None = None
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
-        if not self.started:
-            os._exit(0)  # nothing is in hand yet, and a model that loads in a thread cannot be interrupted
-        if self._stop_at is not None:
-            self.should_exit = self.force_exit = True
-            return
-        log.info("signal %d: draining for %.1f s", sig, self._drain_s)
-        self._on_drain()
-        self._stop_at = time.monotonic() + self._drain_s
-
-    def retire(self) -> None:
-        """Drains beside a successor that listens on the same socket: whatever comes from now on is that one's."""
-        for listening in self.servers:
-            listening.close()
-        self.handle_exit(signal.SIGHUP, None)
-
-    async def on_tick(self, counter: int) -> bool:
-        if self._stop_at is not None:
-            late_s = time.monotonic() - self._stop_at
-            in_hand = bool(self.server_state.tasks)
-            self.should_exit = self.should_exit or late_s >= (self._finish_s if in_hand else 0)
-        if counter % SWEEP_TICKS == 0:
-            now = time.monotonic()
-            for connection in list(self.server_state.connections):
-                if isinstance(connection, LimitedProtocol):
-                    connection.sweep(now)
-        return await super().on_tick(counter)

@@ -1,18 +1,18 @@
-"""What uvicorn leaves to a proxy in front: limits on a request's head, on the time a request may take to arrive, and on
-callers that do not take their reply. And a short cut: an app may write a whole reply in one go (`WHOLE`).
+"""One HTTP connection on top of uvicorn: reading, requests in a row, upgrades, and the fast whole reply.
 
-All limits but a comparison for each read from the network are kept by `sweep`, once a second and connection: a request
-that arrives in one piece pays nothing for timers.
+This is what every request passes. The limits of a connection stand in `limits`, whose class `LimitedProtocol` is what a
+server uses; a request that arrives in one piece of ordinary size runs no code there.
+
+Private names of uvicorn are used here and in `limits` and `server`. tests/unit/embedding_common/http/
+test_uvicorn_internals.py names each of them, and pyproject.toml pins the minor release that they were tested with.
 """
 
 from __future__ import annotations
 
-import enum
+import abc
 import logging
-import secrets
 import sys
 import weakref
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,85 +20,54 @@ import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from embedding_common import native
-
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence, Sized
-    from typing import Self, TypeAlias
+    from typing import TypeAlias
 
     from uvicorn._types import ASGI3Application, ASGISendEvent
 
     WriteWhole: TypeAlias = Callable[[bytes, Sequence[bytes]], bool]
-    """See `LimitedProtocol._write_whole`."""
+    """See `Connection._write_whole`."""
 
 log = logging.getLogger(__name__)
 
 LATE = "body_late"
-"""In a scope's state: the body has not arrived in time, and whoever reads it should give up."""
+"""Key in a scope's state: the body has not arrived in time, and its reader should give up. The value is the limit in
+seconds."""
 
 WHOLE = "embedding.whole_reply"
-"""In a scope's extensions; its `write` is a `WriteWhole`."""
-
+"""Key in a scope's extensions; its `write` is a `WriteWhole`."""
 
 MAX_WAITING = 1000
-"""Requests of one caller behind the one in hand. One read may bring fourteen thousand small ones, 31 MB of them."""
+"""The most requests of one caller that may wait behind the one in hand. One read from the network may bring fourteen
+thousand small ones, which take 31 MB."""
+
 TOGETHER_BYTES = 16 << 10
-"""A larger reply is written at once: once others have been made too, it is out of the processor's caches."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Of one connection."""
-
-    head_bytes: int = 64 << 10
-    """Request line and headers: eight times what common servers allow, for clients with large cookies or tokens. One
-    read from the network (256 kB) may pass it."""
-    head_s: float = 10.0
-    """For a head to arrive: HAProxy's own limit (`timeout http-request`), also for a connection that sends nothing."""
-    body_s: float = 60.0
-    """For a body to arrive: the largest (32 MiB) takes this long at 4.5 Mbit/s."""
-    body_bytes: int = 32 << 20
-    """Of what the routes accept. Twice that may come over the wire: room for chunk headers, not for endless ones."""
-    rest_s: float = 30.0
-    """For a caller that has been refused to end what it sends, and to read why."""
-    unread_s: float = 30.0
-    """For a caller that has stopped taking its reply, which is held in memory meanwhile."""
-
-    @property
-    def request_bytes(self) -> int:
-        return self.head_bytes + 2 * self.body_bytes
-
-
-class _Waits(enum.Enum):
-    """What a connection waits for, if that is its caller's turn."""
-
-    HEAD = enum.auto()
-    BODY = enum.auto()
-    READER = enum.auto()
-    REST = enum.auto()
+"""The largest reply that is written together with those of other connections. A larger one is written at once: by the
+time the others have been made too, it would be out of the processor's caches."""
 
 
 class _Outlet:
-    """What a request writes its reply to: the transport, but for how it is closed."""
+    """The transport as a request sees it. Only how it is closed differs."""
 
-    __slots__ = ("_protocol", "_transport", "write")
+    __slots__ = ("_connection", "_transport", "write")
 
-    def __init__(self, protocol: LimitedProtocol, transport: asyncio.Transport) -> None:
-        self._protocol: LimitedProtocol | None = protocol
+    def __init__(self, connection: Connection, transport: asyncio.Transport) -> None:
+        self._connection: Connection | None = connection
         self._transport = transport
         self.write = transport.write
 
     def is_closing(self) -> bool:
-        return self._protocol is None or self._protocol.is_ending()
+        return self._connection is None or self._connection.is_ending()
 
     def close(self) -> None:
-        if self._protocol is not None:
-            self._protocol.end()
+        if self._connection is not None:
+            self._connection.end()
 
     def forget(self) -> None:
-        """A request leads here and a connection to its requests: a ring, once the connection is lost."""
-        self._protocol = None
+        """Drops the connection, which refers to its requests as they to it: a reference cycle, once it is lost."""
+        self._connection = None
 
 
 class _OneByOne(FlowControl):
@@ -120,42 +89,45 @@ class _OneByOne(FlowControl):
 async def _send_expected(cycle: RequestResponseCycle, message: ASGISendEvent) -> None:
     """Closes the connection behind a reply that goes out before the body was asked for.
 
-    Some callers send the body after all, others go on with their next request, which would be taken for the body: to
-    Go's client until 1.22.4 that request fails.
+    Some callers send the body after all. Others go on with their next request, which would be taken for the body; Go's
+    client did so until 1.22.4, and that request fails.
     """
     if cycle.waiting_for_100_continue:
         cycle.keep_alive = False
     await RequestResponseCycle.send(cycle, message)
 
 
-class LimitedProtocol(HttpToolsProtocol):
-    """One connection. Use `with_limits`; the server must call `sweep` about once a second."""
+class Connection(HttpToolsProtocol, abc.ABC):
+    """One connection. A subclass keeps its limits: it accounts for what arrives slowly or in excess, and refuses."""
 
-    limits: ClassVar[Limits] = Limits()
+    ordinary_bytes: ClassVar[int]
+    """A request that arrives whole within this many bytes needs no account."""
     cycle: RequestResponseCycle | None  # type: ignore[assignment]  # uvicorn says it never is None; it is at first
-    _wire_bytes = 0  # of a request that has not arrived whole, and which one that is
+    _wire_bytes = 0  # bytes of a request that has not arrived whole; `_wire_scope` is its scope
     _wire_scope: object = None
     _running: RequestResponseCycle | None = None
-    _ready: ClassVar[list[tuple[asyncio.Transport, bytes]]] = []  # of all connections of a server
-    _stalled: tuple[object, ...] | None = None
-    _stalled_at = 0.0
-    _refused = False  # what still arrives is not looked at
-    _body_at: int | None = None  # within what was read, of a request that asks to go on in another protocol
+    _ready: ClassVar[list[tuple[asyncio.Transport, bytes]]] = []  # replies of all connections of a server
+    _refused = False  # True: what still arrives is not looked at
+    _body_at: int | None = None  # offset, in the bytes of the last read, of the body of a request that asks to upgrade
 
-    @classmethod
-    def with_limits(cls, limits: Limits) -> type[Self]:
-        return type(cls.__name__, (cls,), {"limits": limits, "_ready": []})
+    @abc.abstractmethod
+    def account(self, read_bytes: int) -> None:
+        """Accounts for bytes that were read and do not make up one ordinary request. May refuse the request."""
+
+    @abc.abstractmethod
+    def discard(self, read_bytes: int) -> None:
+        """Accounts for bytes that a caller sends after it has been refused."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn types it
         super().connection_made(transport)
         self.flow = _OneByOne(transport, self.pipeline)
         self._outlet = _Outlet(self, transport)
 
+    # --- reading ---
+
     def data_received(self, data: bytes) -> None:
         if self._refused:
-            self._wire_bytes += len(data)
-            if self._wire_bytes > self.limits.request_bytes:
-                self.transport.close()
+            self.discard(len(data))
             return
         read = data
         super().data_received(read)
@@ -165,22 +137,11 @@ class LimitedProtocol(HttpToolsProtocol):
             super().data_received(self._head_without_upgrade())
             super().data_received(read)
         cycle = self.cycle
-        in_head = cycle is None or cycle.scope is not self.scope
-        earlier_bytes = self._wire_bytes if self._wire_scope is self.scope else 0
-        if earlier_bytes + len(data) > self.limits.head_bytes and not in_head and self._head_is_too_long():
-            self._refuse_head()  # one read may be larger than a head, and bring it whole
-            return
-        if cycle is not None and not in_head and not cycle.more_body:
+        is_whole = cycle is not None and cycle.scope is self.scope and not cycle.more_body
+        if is_whole and self._wire_bytes + len(data) <= self.ordinary_bytes:
             self._wire_bytes = 0
-            return
-        if self._wire_scope is self.scope:
-            self._wire_bytes += len(data)
-        else:  # what was read along may belong to the request before it
-            self._wire_scope, self._wire_bytes = self.scope, min(len(data), self.limits.head_bytes)
-        if in_head and self._wire_bytes > self.limits.head_bytes:
-            self._refuse_head()
-        elif self._wire_bytes > self.limits.request_bytes:
-            self._refuse(413, f"request: at most {self.limits.request_bytes} bytes, got more", "Validation")
+        else:
+            self.account(len(data))
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= MAX_WAITING:
@@ -192,16 +153,18 @@ class LimitedProtocol(HttpToolsProtocol):
         cycle = self.cycle
         if cycle is not None and cycle.response_complete:  # refused by its head: only now may the next one come
             cycle.more_body = False
-            self._unset_keepalive_if_required()  # an upgrade's head ends a message too, before it is fed again
+            self._unset_keepalive_if_required()  # the head of an upgrade ends a message too, before it is fed again
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
+
+    # --- requests for another protocol ---
 
     def _should_upgrade(self) -> bool:
         return any(name == b"upgrade" for name, _ in self.headers)
 
     def handle_websocket_upgrade(self) -> None:
-        """Of any protocol. None is spoken here but HTTP/1.1, in which such a request is then answered (RFC 9110, 7.8).
+        """Handles an upgrade to any protocol. Only HTTP/1.1 is spoken here, so it is answered in that (RFC 9110, 7.8).
 
         The parser takes what follows the head for the other protocol, and would lose the body. Java's own client asks
         for HTTP/2 with every request, as does `curl --http2`.
@@ -216,19 +179,22 @@ class LimitedProtocol(HttpToolsProtocol):
         kept = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
         return b"".join((line, *kept, b"\r\n"))
 
+    # --- replying ---
+
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._unset_keepalive_if_required()
         self._running = cycle
         cycle.transport = self._outlet  # type: ignore[assignment]  # all of a transport that uvicorn uses
         cycle.scope["extensions"] = {WHOLE: {"write": partial(self._write_whole, cycle)}}
-        if cycle.waiting_for_100_continue:
-            cycle.send = partial(_send_expected, weakref.proxy(cycle))  # type: ignore[method-assign]  # no ring
+        if cycle.waiting_for_100_continue:  # the proxy keeps this from being a reference cycle
+            cycle.send = partial(_send_expected, weakref.proxy(cycle))  # type: ignore[method-assign]
         super()._start_asgi_task(cycle, app)
 
     def _write_whole(self, cycle: RequestResponseCycle, head: bytes, parts: Sequence[bytes]) -> bool:
-        """A reply of status 200 with the lines of `head`, which the caller vouches for, and its body.
+        """Writes a reply of status 200: the header lines `head`, which the caller vouches for, and the body `parts`.
 
-        False: nothing has been written, and the reply has to go message by message, which knows how to wait.
+        Returns False if nothing has been written: the reply then has to go message by message, which knows how to
+        wait.
         """
         if cycle.disconnected or self.is_ending():
             cycle.disconnected = True  # as the connection will say in a moment; uvicorn would miss a reply
@@ -253,11 +219,11 @@ class LimitedProtocol(HttpToolsProtocol):
         return True
 
     def _write_soon(self, reply: bytes) -> None:
-        """With the other replies of this round of the loop, once all have been made.
+        """Writes the reply together with the others of this round of the event loop, once all have been made.
 
         The kernel's code and ours then do not push each other out of the processor's caches with every reply, and a
         host that reads several of them is woken once (77 instead of 98 microseconds for a cached text). Nothing else
-        is written to the connection before: whatever would, runs later, or sees to it that this has been done.
+        is written to the connection before: all other writers run later, or first see to it that this has been done.
         """
         if not self._ready:
             self.loop.call_soon(self._write_ready)
@@ -272,21 +238,11 @@ class LimitedProtocol(HttpToolsProtocol):
                 continue  # its caller has gone; uvloop would raise
             try:
                 transport.write(reply)
-            except Exception:  # whatever it is, it must not take the others' replies along
+            except Exception:  # no failure of one reply may take the others along
                 log.exception("a reply cannot be written")
                 transport.abort()
 
-    def shutdown(self) -> None:
-        self._write_ready()  # before the connection is closed as an idle one
-        if self._refused:
-            self.transport.close()
-        super().shutdown()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # uvicorn leaves it, and with it the connection, if it was reset
-        self._outlet.forget()
-        self._end_running()
+    # --- ending ---
 
     def is_ending(self) -> bool:
         """Whether nothing more can be written."""
@@ -312,6 +268,18 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.write_eof()
             self.flow.resume_reading()
 
+    def shutdown(self) -> None:
+        self._write_ready()  # before the connection is closed as an idle one
+        if self._refused:
+            self.transport.close()
+        super().shutdown()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn leaves the timer, and with it the connection, after a reset
+        self._outlet.forget()
+        self._end_running()
+
     def _end_running(self) -> None:
         """Tells the request in hand that its caller is gone.
 
@@ -321,74 +289,3 @@ class LimitedProtocol(HttpToolsProtocol):
         if running is not None and not running.response_complete:
             running.disconnected = True
             running.message_event.set()
-
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's, which logs the message itself
-        self._refuse(400, "request: not HTTP that can be understood here", "Validation")
-
-    def sweep(self, now: float) -> None:
-        """Ends what its caller has left hanging. `now` is in seconds of the monotonic clock."""
-        waits = self._waits()
-        if waits != self._stalled:
-            self._stalled, self._stalled_at = waits, now
-        elif waits is not None:
-            self._check(waits[0], now - self._stalled_at)
-
-    def _waits(self) -> tuple[object, ...] | None:
-        """What for, and for which one: two of the same in a row are told apart."""
-        unread_bytes = self.transport.get_write_buffer_size()
-        if unread_bytes:
-            return _Waits.READER, unread_bytes
-        if self._refused:
-            return (_Waits.REST,)
-        cycle = self.cycle
-        arriving = cycle is not None and cycle.scope is self.scope and cycle.more_body
-        if cycle is not None and not cycle.response_complete:  # at work; on one of several requests, maybe
-            return (_Waits.BODY, id(cycle)) if arriving and not self.pipeline else None
-        if self.timeout_keep_alive_task is not None:
-            return None
-        return (_Waits.BODY, id(cycle)) if arriving else (_Waits.HEAD, id(self.scope))
-
-    def _check(self, waits: object, waited_s: float) -> None:
-        limits = self.limits
-        if waits is _Waits.READER and waited_s > limits.unread_s:
-            log.info("a caller took nothing of its reply for %.0f s", waited_s)
-            self.transport.abort()
-        elif waits is _Waits.REST and waited_s > limits.rest_s:
-            self.transport.close()
-        elif waits is _Waits.HEAD and waited_s > limits.head_s:
-            if self._wire_bytes:
-                self._refuse(408, f"headers: not complete after {limits.head_s:g} s", "Timeout")
-            self.transport.close()
-        elif waits is _Waits.BODY and waited_s > limits.body_s and (cycle := self.cycle) is not None:
-            if LATE in cycle.scope["state"]:  # told a sweep ago, and nobody listens
-                self.transport.close()
-            cycle.scope["state"][LATE] = limits.body_s
-            cycle.message_event.set()  # wakes whoever awaits the next part
-
-    def _head_is_too_long(self) -> bool:
-        scope = self.scope
-        fields_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
-        return len(scope["raw_path"]) + len(scope["query_string"]) + fields_bytes > self.limits.head_bytes
-
-    def _refuse_head(self) -> None:
-        self._refuse(431, f"headers: at most {self.limits.head_bytes} bytes, got more", "Validation")
-
-    def _refuse(self, status: int, error: str, error_type: str) -> None:
-        """Answers what never became a request, and hangs up. Nothing is written into a reply that has begun."""
-        self._write_ready()
-        if self.is_ending():
-            return
-        request_id = secrets.token_hex(8)
-        log.info("request_id=%s refused with %d: %s", request_id, status, error)
-        running = self._running
-        answered = running is not None and running.response_complete and running.scope is self.scope
-        if running is None or (running.response_complete and not answered) or not running.response_started:
-            reply = native.ErrorReply(error=error, error_type=error_type, request_id=request_id)
-            body = reply.model_dump_json(exclude_none=True).encode()
-            headers = f"connection: close\r\nx-request-id: {request_id}\r\ncontent-length: {len(body)}\r\n\r\n"
-            kind = b"content-type: application/json\r\n"
-            self.transport.write(STATUS_LINE[status] + kind + headers.encode() + body)
-            self._half_close()
-        else:
-            self.end()
-        self._end_running()

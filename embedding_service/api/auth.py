@@ -1,7 +1,8 @@
-"""Who may ask what: a rule over paths and keys, applied before any route. Pure."""
+"""Who may call what: a rule over paths and keys, applied before any route. Pure; `routes.py` says it of each path."""
 
 from __future__ import annotations
 
+import enum
 from typing import TYPE_CHECKING, Any
 
 from embedding_common.keys import bearer
@@ -12,58 +13,55 @@ if TYPE_CHECKING:
 
     from embedding_common.keys import Keys
 
-ALWAYS_OPEN = frozenset({"/livez"})
-"""Container engines restart whoever refuses to answer it, and it says nothing but that the process runs."""
 
-OPERATOR_PATHS = frozenset(
-    {
-        "/",  # as GET: the health of a TEI server
-        "/.well-known/live",
-        "/.well-known/ready",
-        "/docs",
-        "/docs/swagger-ui-bundle.js",
-        "/docs/swagger-ui.css",
-        "/health",
-        "/healthz",
-        "/metrics",
-        "/openapi.json",
-        "/ping",
-        "/readyz",
-    }
-)
-"""What probes, scrapers and browsers read; they have no way to send a key, and none of it tells of a text."""
+class Access(enum.Enum):
+    """Who may call a route, once keys are set."""
 
-ADMIN_PREFIXES = ("/cache/clear",)
-"""By prefix, and all others closed unless they are named: the router may take a path with odd characters at its end
-for the one without."""
+    ALWAYS = enum.auto()
+    """Everyone. A container engine restarts a process that refuses this call; the reply tells only that it runs."""
+    OPERATOR = enum.auto()
+    """Everyone, unless the operator has closed these routes. Probes, scrapers and browsers read them; those have no way
+    to send a key, and none of the replies tells of a text."""
+    KEY = enum.auto()
+    """Callers with an API key or an admin key."""
+    ADMIN = enum.auto()
+    """Callers with an admin key; if there are no admin keys, callers with an API key."""
+
 
 _READING = ("GET", "HEAD")
 
 
 class Gate:
-    """Lets a request pass, or raises. Any key opens what an API key opens; only an admin key what admins may do.
+    """Lets a request pass, or raises. An admin key opens all that an API key opens; only it opens the admin paths.
 
-    Without `admin_keys` an API key is enough for admin paths. Without either, everything is open and whatever a client
-    sends as its key is ignored: many cannot send none.
+    Without `admin_keys` an API key is enough for admin paths. Without either, everything is open, and a key that a
+    client sends is ignored: many clients cannot be told to send none.
+
+    `open_paths` need no key to be read. `admin_prefixes` are the beginnings of admin paths: the router may take a path
+    with odd characters at its end for the one without, so a longer path needs an admin key too. For the same reason all
+    paths that are not in `open_paths` are closed, known or not.
     """
 
-    def __init__(self, *, keys: Keys, admin_keys: Keys, operator_paths_open: bool) -> None:
+    def __init__(
+        self, *, keys: Keys, admin_keys: Keys, open_paths: frozenset[str], admin_prefixes: tuple[str, ...]
+    ) -> None:
         self._keys = keys
         self._admin_keys = admin_keys
-        self._open = ALWAYS_OPEN | OPERATOR_PATHS if operator_paths_open else ALWAYS_OPEN
+        self._open = open_paths
+        self._admin_prefixes = admin_prefixes
 
     def __repr__(self) -> str:
         return f"<Gate {len(self._keys)} keys, {len(self._admin_keys)} admin keys>"
 
     @property
     def locks(self) -> bool:
-        """Whether there is anything to check."""
+        """Whether there is any key to check."""
         return bool(self._keys or self._admin_keys)
 
     def admit(self, scope: Mapping[str, Any]) -> None:
         """Raises `Unauthorized`, `Forbidden`."""
         path: str = scope["path"]
-        admin = bool(self._admin_keys) and path.startswith(ADMIN_PREFIXES)
+        admin = bool(self._admin_keys) and path.startswith(self._admin_prefixes)
         if not admin and (not self._keys or (path in self._open and scope["method"] in _READING)):
             return
         key = bearer(scope)

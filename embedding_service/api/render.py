@@ -1,7 +1,7 @@
-"""From cached bytes to what a reply carries: cut, normalised, as JSON or base64.
+"""Turns cached vectors into what a reply carries: cut, normalised, as JSON or base64.
 
-Turning 384 floats into digits costs more than everything else on the path of a cached text. So the hottest entries keep
-the JSON of their last reply, within a bound of bytes.
+To write 384 floats as digits costs more than all else on the path of a cached text. So the entries asked for most often
+keep the JSON of their last reply, within a limit of bytes.
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ import numpy as np
 import orjson
 from pybase64 import b64encode
 
-from embedding_common.native import ROWS_PER_CHUNK, UNIT_TOLERANCE, encode_row, shape
+from embedding_common.encoding import UNIT_TOLERANCE, encode_row, fit_vectors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
     from embedding_service.cache.entry import Entry
 
 KEEP_ONE_IN = 8
-"""Of the vectors turned into JSON, one in so many keeps it: a hot one has it soon, while vectors that are rarely asked
-for seldom push one out."""
+"""One in so many of the vectors that are turned into JSON keeps it. A vector that is often asked for has it soon, while
+one that is rarely asked for seldom pushes another out."""
 
-_FLOATS = np.dtype("<f4")  # made once: numpy reads the words for it anew each time
+_FLOATS = np.dtype("<f4")  # made once: numpy would parse the string at each use
 
 
 def matrix(entries: Sequence[Entry]) -> NDArray[np.float32]:
-    """The model's own vectors, float32 [entries, dimension]."""
+    """Returns the model's own vectors, float32 [entries, dimension]."""
     joined = b"".join([entry.vector for entry in entries])
     return np.frombuffer(joined, _FLOATS).reshape(len(entries), -1)
 
 
 def unit_vector(entry: Entry) -> bytes:
-    """The vector at unit length; its own bytes if the model has normalised it."""
+    """Returns the vector at unit length, little-endian float32; its own bytes if the model has normalised it."""
     if entry.unit is None:
         vector = np.frombuffer(entry.vector, _FLOATS)
         entry.unit = bool(abs(np.dot(vector, vector) - 1) <= UNIT_TOLERANCE)
-    return entry.vector if entry.unit else shape(matrix([entry]), dimensions=None, normalize=True).tobytes()
+    return entry.vector if entry.unit else fit_vectors(matrix([entry]), dimensions=None, normalize=True).tobytes()
 
 
 class Renderer:
-    """Encodes entries for replies. Keeps at most `max_ready_bytes` of JSON; what was made first goes first."""
+    """Encodes entries for replies. Keeps at most `max_ready_bytes` of JSON, and drops the oldest first."""
 
     def __init__(self, *, max_ready_bytes: int) -> None:
         self.ready_bytes = 0
@@ -57,18 +57,16 @@ class Renderer:
 
     def rows(
         self, entries: Sequence[Entry], *, dimensions: int | None, normalize: bool, encoding_format: str | None
-    ) -> Iterator[list[bytes]]:
-        """Encoded vectors, a chunk at a time, so that a caller may yield to the loop in between."""
-        plain = dimensions is None and normalize
-        for start in range(0, len(entries), ROWS_PER_CHUNK):
-            chunk = entries[start : start + ROWS_PER_CHUNK]
-            if not plain:
-                vectors = shape(matrix(chunk), dimensions=dimensions, normalize=normalize)
-                yield [encode_row(vector, encoding_format) for vector in vectors]
-            elif encoding_format == "base64":
-                yield [b'"%b"' % b64encode(entry.vector if entry.unit else unit_vector(entry)) for entry in chunk]
-            else:
-                yield [entry.ready or self._render(entry) for entry in chunk]
+    ) -> list[bytes]:
+        """Returns the encoded vectors of `entries`. A caller with more than `ROWS_PER_CHUNK` of them hands them in by
+        chunks, and yields to the loop in between.
+        """
+        if dimensions is not None or not normalize:
+            vectors = fit_vectors(matrix(entries), dimensions=dimensions, normalize=normalize)
+            return [encode_row(vector, encoding_format) for vector in vectors]
+        if encoding_format == "base64":
+            return [b'"%b"' % b64encode(entry.vector if entry.unit else unit_vector(entry)) for entry in entries]
+        return [entry.ready or self._render(entry) for entry in entries]
 
     def _render(self, entry: Entry) -> bytes:
         row = orjson.dumps(np.frombuffer(unit_vector(entry), _FLOATS), option=orjson.OPT_SERIALIZE_NUMPY)
@@ -78,7 +76,7 @@ class Renderer:
         return row
 
     def _keep(self, entry: Entry, row: bytes) -> None:
-        entry.ready = bytes(memoryview(row))  # of its own size: orjson leaves a hole behind what it returns
+        entry.ready = bytes(memoryview(row))  # a copy of exactly its size: orjson returns bytes in a larger allocation
         self._ready.append(entry)
         self.ready_bytes += len(row)
         while self.ready_bytes > self._max_ready_bytes:

@@ -1,4 +1,4 @@
-"""What is cached: one model vector with its header, and the key it is found under. Pure; standard library only.
+"""The cached entry: one model vector with its header, and the key it is found under. Pure; standard library only.
 
 An entry as stored (little-endian, 24 bytes of header, then the vector):
 
@@ -7,7 +7,7 @@ An entry as stored (little-endian, 24 bytes of header, then the vector):
 
 `tokens` counts the text before truncation. `expires_at` is in seconds of the Unix clock. `crc` is CRC-32 (ISO 3309,
 as in zlib) over the key, the header with a crc of 0, and the vector: bytes that were flipped, cut, or stored under
-another text's key fail it, and whatever fails is a miss. Requests' `normalize`, `dimensions`, `truncate` and
+another text's key fail it, and an entry that fails is a miss. Requests' `normalize`, `dimensions`, `truncate` and
 encoding are applied on reading, so that one entry serves every variant.
 """
 
@@ -33,16 +33,16 @@ KEY_BYTES = 32
 NAME_CHARS = 128
 """Up to this length a text is its own name in L1: exact, and a tenth of what a digest costs. A longer one would make L1
 larger."""
-_OVERHEAD_BYTES = 416  # name, Entry, ints, floats and L1's links to them; measured by scripts/bench/l1_memory.py
+_OVERHEAD_BYTES = 416  # name, Entry, ints, floats and their references in L1; measured by scripts/bench/l1_memory.py
 
 
 @dataclass(slots=True)
 class Entry:
-    """One text's vector (float32, little-endian, as bytes) and what a reply must tell of it. Not to be changed.
+    """One text's vector (float32, little-endian, as bytes) and what a reply must tell about it.
 
-    But for the notes of others: of `vectors`, `ready`, JSON made for an earlier reply, and `unit`, whether the vector
-    has unit length, once that has been found out; of `lru`, the last two. (Not frozen, since that quadruples what
-    making one costs.)
+    The first four fields never change. The others are notes of two users: `api/render.py` keeps `ready`, the JSON made
+    for an earlier reply, and `unit`, whether the vector has unit length, once that is known; `lru.py` keeps
+    `fresh_until` and `used`. (An entry is not frozen, since that quadruples what making one costs.)
     """
 
     vector: bytes
@@ -59,7 +59,7 @@ class Entry:
         return len(self.vector) // _FLOAT_BYTES
 
     def size_bytes(self) -> int:
-        """Memory held for it: the vector, and the objects around it and its key."""
+        """The memory that an entry holds: its vector, and the objects around it and its key."""
         return len(self.vector) + _OVERHEAD_BYTES
 
 
@@ -92,7 +92,7 @@ def _header(key: bytes, flags: int, tokens: int, expires_at: float, vector: byte
 
 
 class KeySpace:
-    """Keys of all texts under one fingerprint, prompt and truncation side.
+    """The keys of all texts under one fingerprint, prompt and truncation side.
 
     The key is the full 256-bit BLAKE2b digest (RFC 7693) of all that decides a vector. Each part but the last is
     preceded by its length, so no two different requests feed the hash the same bytes.
@@ -124,7 +124,7 @@ class KeySpace:
         return fingerprint == self.fingerprint and prompt == self.prompt
 
     def names(self, texts: Sequence[str]) -> Sequence[str | bytes]:
-        """What L1 calls each of at least one text; equal for equal texts only."""
+        """The name of each text in L1, for at least one text; equal for equal texts only."""
         mark = self._mark
         if max(map(len, texts)) <= NAME_CHARS:
             return [mark + text for text in texts]

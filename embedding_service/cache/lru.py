@@ -1,4 +1,4 @@
-"""L1: bounded, with expiry, and knows the bytes it holds. Synchronous; standard library only.
+"""L1: a bounded cache with expiry that knows how many bytes it holds. Synchronous; standard library only.
 
 Which value goes is decided as LRU's usual approximation does (second chance, also called CLOCK: Corbató 1968): values
 stand in a queue, and one that has been asked for since it was last at the head goes to the tail once more. A hit then
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
 
 MAX_CHANCES = 256
-"""Values passed over in search of one that goes. If all are in use the next goes all the same: 20 microseconds."""
+"""The most values passed over in search of one to evict. If all are in use, the next one goes all the same. The search
+takes 20 microseconds at most."""
 
-_OVER = 0.0  # `fresh_until` of a value that has been found past its time, and counted
+_OVER = 0.0  # `fresh_until` of a value that has been found expired, and counted
 
 
 class Cached(Protocol):
-    """A value keeps the cache's notes itself: two fewer objects to hold and to reach for, a value."""
+    """A value, which keeps the notes of the cache itself: that saves two objects a value."""
 
     fresh_until: float
     used: bool

@@ -1,8 +1,8 @@
-"""A check on ourselves: now and then a text that a cache answered is computed again, and the two vectors compared.
+"""The audit: now and then a text that a cache answered is computed again, and the two vectors are compared.
 
-What it would find: entries written under a fingerprint that does not cover what changed a vector, a replica that
-computes wrongly, memory or a library that does. It works behind replies, one text at a time, and is no traffic: no
-outcome is counted, nothing is stored, and while jobs wait for a replica the check is left out.
+It finds entries written under a fingerprint that does not cover what changed a vector, and a replica, memory or a
+library that computes wrongly. The audit works behind replies, one text at a time, and is no traffic: it counts no
+outcome and stores nothing, and while jobs wait for a replica it leaves its check out.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from embedding_service.core.query import Outcome
 from embedding_service.errors import Problem
-from embedding_service.observability.metrics import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -32,13 +32,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DRIFT_LIMIT = 0.002
-"""Of 1 - cosine. Two backends that each passed the replicas' self-test (0.9995 to the reference) are within it."""
+"""The largest 1 - cosine that counts as rounding. Two backends that each passed the replicas' self-test (cosine 0.9995
+to the reference) are within it."""
 
 _FROM_CACHE = (Outcome.L1, Outcome.L2)
 
 
-class Drift:
-    """Looks at every answer, and checks one cached text in about `one_in`. As a context manager it owns the check."""
+class Audit:
+    """Checks one cached text in about `one_in`. As a context manager it owns the check that runs.
+
+    The embedder counts hits and calls `start` when the interval it drew is over.
+    """
 
     def __init__(
         self, *, one_in: int, compute: Callable[[KeySpace, str], Awaitable[Embedded]], metrics: Metrics
@@ -46,12 +50,11 @@ class Drift:
         self._one_in = one_in
         self._compute = compute
         self._metrics = metrics
-        self._left = self._draw()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"<Drift one in {self._one_in}, {self._left} to go>"
+        return f"<Audit of one hit in {self._one_in}>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -62,18 +65,12 @@ class Drift:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def see(self, space: KeySpace, texts: Sequence[str], answer: Answer) -> None:
-        """Counts what was cached; a fifth of a microsecond, unless one is due."""
-        self._left -= answer.cached
-        if self._left <= 0:
-            self._left = self._draw()
-            self._start(space, texts, answer)
-
-    def _draw(self) -> int:
-        """How many to let pass: random, so that a client's own rhythm does not always show the same text."""
+    def draw_interval(self) -> int:
+        """How many hits to let pass: random, so that a client's own rhythm does not always show the same text."""
         return random.randrange(1, 2 * self._one_in)  # noqa: S311 - no secret
 
-    def _start(self, space: KeySpace, texts: Sequence[str], answer: Answer) -> None:
+    def start(self, space: KeySpace, texts: Sequence[str], answer: Answer) -> None:
+        """Checks one of the texts of `answer` that a cache answered, unless a check still runs."""
         cached = [index for index, outcome in enumerate(answer.outcomes) if outcome in _FROM_CACHE]
         busy = self._task is not None and not self._task.done()
         if self._closed or busy or not cached:
@@ -109,7 +106,7 @@ class Drift:
 
 
 def _cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Of two vectors; 1 if they are equal, though they be zero, and 0 if they cannot be compared."""
+    """The cosine of two float32 vectors: 1 for equal ones, zero vectors included, and 0 if they cannot be compared."""
     if one.shape != other.shape:
         return 0.0
     if np.array_equal(one, other):

@@ -1,4 +1,4 @@
-"""Which models answer, by the cards the replicas last showed: learnt from replies, from `/models`, and from Redis."""
+"""Which models answer, by the cards that replicas showed last: in their replies, in `/models`, and kept in Redis."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_S = 5.0  # while all is well; each poll is a request that one replica answers
-POLL_FAST_S = 0.5  # while nothing is known, or nobody answers
+POLL_FAST_S = 0.5  # while no model is known, or no replica answers
 RETRY_AFTER_S = 2.0
 MAX_SPACES = 64  # kinds of request (fingerprints x prompts x truncation sides) before those of the past are forgotten
-DEFAULT_NAMES = frozenset({"", "default"})  # what an alias may say instead of the default model's own id
+DEFAULT_NAMES = frozenset({"", "default"})  # an alias may name the default model so instead of by its own id
 _QUOTED_CHARS = 80
 
 
@@ -55,22 +55,24 @@ class Catalog:
         self._aliases = dict(aliases or {})
         self._unknown = unknown
         self._default: str | None = None
-        self._cards: dict[str, ModelCard] = {}
+        self.cards: dict[str, ModelCard] = {}  # by model id
+        self.known: dict[tuple[str | None, str | None, str], tuple[ModelCard, KeySpace]] = {}
+        """(model name, prompt name, truncation side) of requests -> the card and the key space that answer them."""
         self._named: dict[str | None, ModelCard] = {}  # every name whose card is known: what a request looks up
         self._spaces: dict[tuple[str, str | None, str, str], KeySpace] = {}
         self._probes: dict[str, asyncio.Task[ModelCard]] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._poll_task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<Catalog {len(self._cards)} of {len(self.states)} models known, default {self._default}>"
+        return f"<Catalog {len(self.cards)} of {len(self.states)} models known, default {self._default}>"
 
     async def __aenter__(self) -> Self:
         await self._refresh()
-        self._task = asyncio.create_task(self._poll())
+        self._poll_task = asyncio.create_task(self._poll())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        tasks = [task for task in (self._task, *self._probes.values()) if task is not None]
+        tasks = [task for task in (self._poll_task, *self._probes.values()) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -90,10 +92,10 @@ class Catalog:
 
         Raises `UnknownModel`, `Unavailable`.
         """
-        return self._named.get(name) or self._cards.get(self._target(name))
+        return self._named.get(name) or self.cards.get(self._target(name))
 
     async def learn(self, name: str | None, *, deadline: float = NEVER) -> ModelCard:
-        """The same, after the model has been loaded for it if need be: seconds, once for all who wait.
+        """The same card, after the model has been loaded if it has to be: that takes seconds, once for all waiters.
 
         `deadline` is on the monotonic clock. Raises `DeadlineExceeded` and whatever the replicas refuse with.
         """
@@ -103,22 +105,35 @@ class Catalog:
         task = self._probes.get(model_id)
         if task is None:
             task = self._probes[model_id] = asyncio.create_task(self._ask_for(model_id))
-            task.add_done_callback(_heard)  # its waiters may all have gone before it failed
+            task.add_done_callback(_mark_retrieved)  # its waiters may all have gone before it failed
         left_s = None if deadline == NEVER else max(0.0, deadline - time.monotonic())
         done, _ = await asyncio.wait((task,), timeout=left_s)
         if not done:
             raise DeadlineExceeded(f"{TIMEOUT_HEADER}: over while model {model_id} was loading", field=TIMEOUT_HEADER)
         return task.result()
 
+    async def resolve(
+        self, name: str | None, prompt_name: str | None, direction: str, *, deadline: float = NEVER
+    ) -> tuple[ModelCard, KeySpace]:
+        """The card and the key space of a kind of request. Raises what `learn` and `space` raise.
+
+        It is kept in `known`, where the next request of the kind finds it, unless callers could make such names up.
+        """
+        card = self.card(name) or await self.learn(name, deadline=deadline)
+        found = card, self.space(card, prompt_name, direction)
+        if name in self._named:
+            self.known[name, prompt_name, direction] = found
+        return found
+
     def space(self, card: ModelCard, prompt_name: str | None, direction: str) -> KeySpace:
-        """Where the keys of a kind of request lie. Raises `InvalidRequest` for a prompt the model lacks."""
+        """The key space of a kind of request. Raises `InvalidRequest` for a prompt that the model lacks."""
         prompt = card.prompt(prompt_name)  # part of the kind: a fingerprint does not cover what a prompt says
         kind = (card.fingerprint, prompt_name, prompt, direction)
         space = self._spaces.get(kind)
         if space is None:
             if len(self._spaces) >= MAX_SPACES:
-                # of models that are gone; the others are as many as models have prompts, and L1 finds its texts by them
-                served = {known.fingerprint for known in self._cards.values()}
+                # those of models that are gone; the others are as few as models have prompts, and L1 needs them
+                served = {known.fingerprint for known in self.cards.values()}
                 self._spaces = {kind: kept for kind, kept in self._spaces.items() if kept.fingerprint in served}
             space = self._spaces[kind] = KeySpace(
                 model_id=card.id,
@@ -130,14 +145,14 @@ class Catalog:
         return space
 
     def adopt(self, card: ModelCard) -> None:
-        """Takes what a replica just showed for the truth."""
+        """Takes over the card that a replica just showed."""
         self.reachable = True
-        if card != self._cards.get(card.id):
+        if card != self.cards.get(card.id):
             log.info("model %s, fingerprint %s, %d dimensions", card.id, card.fingerprint, card.dimension)
             self._know([card], default=self._default or card.id, states=self.states | {card.id: "ready"})
 
     def lost(self) -> None:
-        """A call upstream found nobody."""
+        """A call upstream reached no replica."""
         self.reachable = False
 
     # --- private: names ---
@@ -169,14 +184,16 @@ class Catalog:
         return aim if aim in self.states else None
 
     def _know(self, cards: Iterable[ModelCard], *, default: str, states: Mapping[str, str]) -> None:
-        """Takes over cards and the list of models, then names all anew."""
-        self._cards |= {card.id: card for card in cards}
+        """Takes over cards and the list of models, then names all of them anew."""
+        self.cards |= {card.id: card for card in cards}
         self._default = default
         self.states = {default: states[default]} | dict(states)
-        self._named = {name: self._cards[name] for name in self.states if name in self._cards}
+        named: dict[str | None, ModelCard] = {name: self.cards[name] for name in self.states if name in self.cards}
         for alias in (None, *self._aliases):
-            if (found := self._find(alias)) in self._cards:
-                self._named[alias] = self._cards[found]
+            if (found := self._find(alias)) in self.cards:
+                named[alias] = self.cards[found]
+        if named != self._named:
+            self._named, self.known = named, {}
 
     # --- private: asking ---
 
@@ -208,7 +225,7 @@ class Catalog:
                 self._know(recalled, default=recalled[0].id, states=states)
         elif self.current is not None:
             # each time: Redis may have been away, or have lost them, since the last
-            await self._remember([self._cards[name] for name in self.states if name in self._cards])
+            await self._remember([self.cards[name] for name in self.states if name in self.cards])
 
     def _take(self, listed: ModelList) -> None:
         cards = [model.card for model in listed.models if model.card is not None]
@@ -218,6 +235,6 @@ class Catalog:
         self._know(cards, default=listed.default, states={model.id: model.state for model in listed.models})
 
 
-def _heard(task: asyncio.Task[ModelCard]) -> None:
+def _mark_retrieved(task: asyncio.Task[ModelCard]) -> None:
     if not task.cancelled():
         task.exception()

@@ -1,12 +1,12 @@
-"""What a dialect hands to the embedder, and what it gets back."""
+"""The domain types of the path: what a request asks for, what it gets back, and what stands in between."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import enum
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from embedding_service.core.singleflight import NEVER
-from embedding_service.observability.metrics import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -15,11 +15,21 @@ if TYPE_CHECKING:
     from embedding_service.cache.entry import Entry, KeySpace
 
 
+class Outcome(enum.StrEnum):
+    """Where the vector of a text came from. Every text that is sent ends in exactly one of these."""
+
+    L1 = "l1"
+    L2 = "l2"
+    JOINED = "joined"
+    UPSTREAM = "upstream"
+    FAILED = "failed"
+
+
 @dataclass(slots=True, kw_only=True)
-class Ask:
+class Query:
     """What one request wants. `deadline` is on the monotonic clock; `bypass` neither reads nor joins, but stores.
 
-    Not to be changed. (Not frozen, since that trebles what making one costs.)
+    A query is not changed once it is made. (It is not frozen, since that trebles what making one costs.)
     """
 
     texts: Sequence[str]
@@ -36,33 +46,35 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """The payload of a flight: one text to compute, and what decides its vector."""
+    """The payload of a flight: one text to compute, and everything that decides its vector."""
 
     text: str
     space: KeySpace
     work_bytes: int
-    lane: Lane  # whose room it takes; the flight's own lane may rise
+    lane: Lane  # the lane whose room it takes; the lane of its flight may rise later
     request_id: str
     epoch: int
 
 
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A value in hand, and where it came from for the request that claimed it."""
+
+    entry: Entry
+    outcome: Outcome
+
+
 @dataclass(slots=True)
 class Answer:
-    """One entry and one outcome for each text, in the order of the texts; and what they come to, counted once.
+    """One entry and one outcome for each text, in the order of the texts, and their sums.
 
-    `tokens` are those the model read, over all texts: the same for a cached text as for a computed one.
+    `tokens` are those that the model reads over all texts: the same for a cached text as for a computed one.
+    `truncated` and `cached` count texts.
     """
 
     card: ModelCard
     entries: Sequence[Entry]
     outcomes: Sequence[Outcome]
-    tokens: int = field(init=False)
-    truncated: int = field(init=False)
-    cached: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        limit = self.card.max_tokens
-        tokens = [entry.tokens for entry in self.entries]
-        self.tokens = sum(tokens) if max(tokens) <= limit else sum([min(read, limit) for read in tokens])
-        self.truncated = sum([entry.truncated for entry in self.entries])
-        self.cached = len(self.outcomes) - self.outcomes.count(Outcome.UPSTREAM)
+    tokens: int
+    truncated: int
+    cached: int

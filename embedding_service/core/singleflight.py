@@ -1,14 +1,15 @@
-"""One computation per key at a time: whoever asks for a key on its way joins it. Knows no cache, does no I/O.
+"""Single flight: one computation per key at a time. A request for a key that is in flight joins that flight.
 
-Everything here is synchronous, so nothing interleaves within a call and no lock is needed. A request holds one
-`Ticket` over all the flights it waits for; that is one future a request, not one a text.
+This module knows no cache and does no I/O. Everything here is synchronous, so nothing interleaves within a call and no
+lock is needed. A request is a waiter: it holds one `Ticket` over all the flights that it waits for, so it costs one
+future a request, not one a text.
 
     flight  claimed -> (queued -> dispatched ->) settled, once, with a value or an error
     ticket  done when all its flights have settled, or when the first of them failed
 
-Who leaves takes its ticket out of its flights. A flight that nobody waits for any more and that has not been
-dispatched is abandoned at once: it leaves the table, so that the next to ask claims anew. A dispatched one is
-finished, since its work is being paid for anyway.
+A waiter that leaves takes its ticket out of its flights. A flight without waiters that has not been dispatched is
+abandoned at once: it leaves the table, so that the next request claims its key anew. A dispatched flight is finished,
+since its work is being paid for anyway.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ NEVER = math.inf
 
 
 SOON_S = 0.02
-"""What L2 answers is there by then, and a caller who has hung up is noticed early enough after it."""
+"""How long a wait goes on without watching its caller: L2 has answered by then, and a caller who has hung up is
+noticed early enough after it."""
 
 
 class State(enum.Enum):
     """A flight only moves forward."""
 
     CLAIMED = enum.auto()
-    QUEUED = enum.auto()  # handed to whoever computes, not yet begun
+    QUEUED = enum.auto()  # handed to the upstream lanes, and not yet sent
     DISPATCHED = enum.auto()
     SETTLED = enum.auto()
 
@@ -52,7 +54,7 @@ class Ended(enum.Enum):
 
 
 class Flight(Generic[P, V]):
-    """One key on its way. Its terms are the most generous of its waiters': see `join`."""
+    """The computation of one key. Its deadline and lifetime are the most generous of its waiters' (see `join`)."""
 
     __slots__ = ("deadline", "error", "key", "lane", "payload", "state", "tickets", "ttl_s", "value")
 
@@ -72,7 +74,7 @@ class Flight(Generic[P, V]):
 
 
 class Ticket:
-    """What one request waits on: `landed` is done when nothing is left to wait for, or when something failed."""
+    """The wait of one request: `landed` is done when nothing is left to wait for, or when a flight failed."""
 
     __slots__ = ("_left", "landed")
 
@@ -81,7 +83,7 @@ class Ticket:
         self.landed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def wait(self, *, deadline: float, gone: Callable[[], Coroutine[None, None, None]] | None) -> Ended:
-        """Until landed, until `deadline` on the monotonic clock, or until `gone()` returns: whichever comes first."""
+        """Waits until landed, until `deadline` on the monotonic clock, or until `gone()` returns: the first ends it."""
         await self._landing_soon(deadline)
         if self.landed.done():
             return Ended.LANDED
@@ -100,7 +102,7 @@ class Ticket:
                 leaving.cancel()
 
     async def _landing_soon(self, deadline: float) -> None:
-        """Until landed, but not for long: what comes from L2 is spared the watch over its caller, which costs more."""
+        """Waits until landed, but not for long: a value from L2 need not pay for the watch over its caller."""
         loop = asyncio.get_running_loop()
         over: asyncio.Future[None] = loop.create_future()
 
@@ -137,14 +139,14 @@ class Flights(Generic[P, V]):
         return self._table.get(key)
 
     def claim(self, flight: Flight[P, V], ticket: Ticket) -> None:
-        """Enters a new flight under its key; nobody may hold one there."""
+        """Enters a new flight under its key. Raises `ValueError` if the key is in flight already."""
         if flight.key in self._table:
             raise ValueError(f"{flight.key.hex()} is on its way already")
         self._table[flight.key] = flight
         flight.tickets.add(ticket)
 
     def fly_alone(self, flight: Flight[P, V], ticket: Ticket) -> None:
-        """Like `claim`, but nobody can join: the caller asked for a fresh value of its own."""
+        """Like `claim`, but no other request can join: the caller asked for a fresh value of its own."""
         flight.tickets.add(ticket)
 
     def join(self, flight: Flight[P, V], ticket: Ticket, *, deadline: float, ttl_s: float) -> None:
@@ -154,7 +156,7 @@ class Flights(Generic[P, V]):
         flight.ttl_s = max(flight.ttl_s, ttl_s)
 
     def leave(self, flights: Iterable[Flight[P, V]], ticket: Ticket) -> None:
-        """Takes a waiter out. What nobody waits for, and is not dispatched, is abandoned."""
+        """Takes a waiter out of its flights. A flight without waiters that is not dispatched is abandoned."""
         for flight in flights:
             flight.tickets.discard(ticket)
             if not flight.tickets and flight.state in (State.CLAIMED, State.QUEUED):

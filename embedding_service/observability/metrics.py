@@ -1,18 +1,18 @@
-"""The gateway's figures. Each has one sentence and one place where it is raised; all exist from the start.
+"""The metrics of the gateway. Each has one sentence and one place where it is raised; all exist from the start.
 
-They are cells of a `Board`, so that every process of the gateway answers for all of them, and so that counting costs a
-tenth of a microsecond; prometheus-client only writes them out.
+They are cells of a `Scoreboard`, so that every process of the gateway answers for all of them, and so that counting
+costs a tenth of a microsecond; prometheus-client only writes them out.
 """
 
 from __future__ import annotations
 
-import enum
 import time
 from bisect import bisect_left
 from collections import Counter as Tally
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import accumulate
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
@@ -25,45 +25,28 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import generate_latest
 
-from embedding_service.observability.scoreboard import FIELDS, Board
+from embedding_service.observability.scoreboard import FIELDS, Scoreboard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from typing import Any
 
 VERSION = version("embedding-service")
 
-OTHER = "other"
-# paths that embed -> the route that they are counted under
-EMBED_ROUTES = {
-    "/embed": "/embed",
-    "/": "/embed",
-    "/v1/embeddings": "/v1/embeddings",
-    "/embeddings": "/v1/embeddings",
-    "/vectors": "/vectors",
-}
-ROUTES = ("/embed", "/v1/embeddings", "/vectors", OTHER)
+OTHER = "other"  # the label of every route that has none of its own
+OUTCOMES = ("l1", "l2", "joined", "upstream", "failed")  # of a text: the values of `core.query.Outcome`
 STATUSES = (200, 400, 401, 403, 404, 405, 408, 413, 422, 424, 429, 499, 500, 503, 504)
 _OTHER_STATUS = "other"
 _BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _MICRO = 1_000_000
 
 
-class Outcome(enum.StrEnum):
-    """Where a text's vector came from. Every text sent ends in exactly one of these."""
-
-    L1 = "l1"
-    L2 = "l2"
-    JOINED = "joined"
-    UPSTREAM = "upstream"
-    FAILED = "failed"
-
-
-class Figure:
-    """One integer of this process's row."""
+class Cell:
+    """One integer in the row of this process."""
 
     __slots__ = ("_board", "_field", "_row")
 
-    def __init__(self, board: Board, field: int) -> None:
+    def __init__(self, board: Scoreboard, field: int) -> None:
         self._board = board
         self._row = board.row
         self._field = field
@@ -76,21 +59,21 @@ class Figure:
 
     @property
     def own(self) -> int:
-        """Of this process."""
+        """The value of this process."""
         return self._row[self._field]
 
     @property
     def total(self) -> int:
-        """Of all processes of this gateway, dead ones included."""
+        """The sum over all processes of this gateway, dead ones included."""
         return self._board.total(self._field)
 
 
-class Worst:
-    """The largest value so far of something that is never negative, over all processes; kept in millionths."""
+class Maximum:
+    """The largest value so far of a quantity that is never negative, over all processes; it is kept in millionths."""
 
     __slots__ = ("_board", "_field", "_row")
 
-    def __init__(self, board: Board, field: int) -> None:
+    def __init__(self, board: Scoreboard, field: int) -> None:
         self._board = board
         self._row = board.row
         self._field = field
@@ -103,12 +86,12 @@ class Worst:
         return self._board.largest(self._field) / _MICRO
 
 
-class Durations:
+class Histogram:
     """A histogram of seconds."""
 
     __slots__ = ("buckets", "micros")
 
-    def __init__(self, figure: Callable[[], Figure]) -> None:
+    def __init__(self, figure: Callable[[], Cell]) -> None:
         self.buckets = [figure() for _ in range(len(_BOUNDS_S) + 1)]
         self.micros = figure()
 
@@ -118,8 +101,8 @@ class Durations:
 
 
 @dataclass(slots=True)
-class _Tally:
-    figure: Figure
+class _MirroredCounter:
+    figure: Cell
     read: Callable[[], int]
     seen: int = 0
 
@@ -130,27 +113,24 @@ class _Tally:
 
 
 class Metrics:
-    """All figures of one gateway process; `board` shares them with its siblings."""
+    """All metrics of one gateway process, which `board` shares with the other workers.
 
-    def __init__(self, board: Board | None = None) -> None:
-        self.board = board if board is not None else Board(fields=FIELDS)
+    `routes` gives the label of each path that embeds (api/routes.py); every other path is counted as `OTHER`.
+    """
+
+    def __init__(self, board: Scoreboard | None = None, *, routes: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.board = board if board is not None else Scoreboard(fields=FIELDS)
         self.started_at = time.monotonic()
+        self._routes = routes
         self._fields = 0
-        self._counters: list[tuple[str, str, Sequence[str], dict[tuple[str, ...], Figure]]] = []
-        self._histograms: list[tuple[str, str, Sequence[str], dict[tuple[str, ...], Durations]]] = []
-        self._worsts: list[tuple[str, str, Worst]] = []
-        self._gauges: list[tuple[str, str, Figure, Callable[[], float]]] = []
-        self._tallies: list[_Tally] = []
+        self._counters: list[tuple[str, str, Sequence[str], dict[tuple[str, ...], Cell]]] = []
+        self._histograms: list[tuple[str, str, Sequence[str], dict[tuple[str, ...], Histogram]]] = []
+        self._maxima: list[tuple[str, str, Maximum]] = []
+        self._gauges: list[tuple[str, str, Cell, Callable[[], float]]] = []
+        self._mirrored: list[_MirroredCounter] = []
 
         self.requests = self._counter("embed_requests", "Embedding requests, whatever became of them.")
-        self.outcomes = {
-            outcome: figure
-            for outcome, (_, figure) in zip(
-                Outcome,
-                self._labelled("texts", "Texts by where their vector came from.", "outcome", Outcome),
-                strict=True,
-            )
-        }
+        self.outcomes = dict(self._labelled("texts", "Texts by where their vector came from.", "outcome", OUTCOMES))
         self.tokens = self._counter("tokens", "Tokens of all texts answered, cached ones included.")
         self.truncated = self._counter("truncated_texts", "Texts answered that were cut to the model's limit.")
         self.l2_lookups = dict(self._labelled("l2_lookups", "Keys looked up in Redis.", "result", ("hit", "miss")))
@@ -179,14 +159,14 @@ class Metrics:
                 ("same", "different", "skipped"),
             )
         )
-        self.drift_worst = self._worst("drift_worst", "Largest 1 - cosine of a cached vector to its recomputation.")
+        self.drift_worst = self._maximum("drift_worst", "Largest 1 - cosine of a cached vector to its recomputation.")
         self._replies = self._reply_counters()
         self._reply_s = self._route_durations()
         self.upstream_duration = self._durations("upstream_duration", "One call to HAProxy, its repetition included.")
 
     # --- counting ---
 
-    def count_answer(self, outcomes: Sequence[Outcome], tokens: int, truncated: int) -> None:
+    def count_answer(self, outcomes: Sequence[str], tokens: int, truncated: int) -> None:
         """One request was answered: an outcome for each of its texts."""
         if outcomes.count(outcomes[0]) == len(outcomes):
             self.outcomes[outcomes[0]].inc(len(outcomes))
@@ -199,39 +179,46 @@ class Metrics:
 
     def count_failed(self, texts: int) -> None:
         """One request failed, and so did each of its texts, wherever the others' vectors already were."""
-        self.outcomes[Outcome.FAILED].inc(texts)
+        self.outcomes["failed"].inc(texts)
+
+    def observe(self, scope: Mapping[str, Any], status: int, duration_s: float) -> None:
+        """Counts a reply; `scope` is the ASGI scope of its request."""
+        path = scope["path"]
+        if path == "/" and scope["method"] != "POST":
+            path = OTHER  # a probe of the base URL, not a request to embed
+        self.count_reply(path, status, duration_s)
 
     def count_reply(self, path: str, status: int, duration_s: float) -> None:
         """One request is over."""
-        route = EMBED_ROUTES.get(path, OTHER)
+        route = self._routes.get(path, OTHER)
         if route is not OTHER:
             self.requests.inc()
         replies = self._replies[route]
         (replies.get(status) or replies[0]).inc()
         self._reply_s[route].observe(duration_s)
 
-    def gauge(self, name: str, text: str, read: Callable[[], float]) -> Figure:
-        """A figure that its owner keeps anyway: copied to the board by `publish`."""
-        figure = Figure(self.board, FIELDS - 1 - len(self._gauges))  # at the end of the row, where `withdraw` clears
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> Cell:
+        """A number that its owner keeps anyway: `publish` copies it to the scoreboard."""
+        figure = Cell(self.board, FIELDS - 1 - len(self._gauges))  # at the end of the row, where `withdraw` clears
         self._gauges.append((name, text, figure, read))
         return figure
 
-    def tally(self, name: str, text: str, read: Callable[[], int]) -> Figure:
-        """A counter that its owner keeps anyway, from 0: `publish` adds what has come to it since the last time."""
+    def mirror(self, name: str, text: str, read: Callable[[], int]) -> Cell:
+        """A counter that its owner keeps anyway, from 0: `publish` adds what it has grown by since the last time."""
         figure = self._counter(name, text)
-        self._tallies.append(_Tally(figure, read))
+        self._mirrored.append(_MirroredCounter(figure, read))
         return figure
 
     def publish(self) -> None:
-        """Copies this process's gauges to where its siblings can see them."""
-        for tally in self._tallies:
-            tally.catch_up()
+        """Copies the gauges of this process to the scoreboard, where the other workers can see them."""
+        for counter in self._mirrored:
+            counter.catch_up()
         for _, _, figure, read in self._gauges:
             figure.set(int(read()))
 
     # --- reading ---
 
-    def totals(self) -> dict[Outcome, int]:
+    def totals(self) -> dict[str, int]:
         """Texts by outcome, over all processes."""
         return {outcome: figure.total for outcome, figure in self.outcomes.items()}
 
@@ -261,41 +248,44 @@ class Metrics:
             yield buckets
         for name, text, figure, _ in self._gauges:
             yield GaugeMetricFamily(f"embedding_{name}", text, value=figure.total)
-        for name, text, worst in self._worsts:
-            yield GaugeMetricFamily(f"embedding_{name}", text, value=worst.value)
+        for name, text, maximum in self._maxima:
+            yield GaugeMetricFamily(f"embedding_{name}", text, value=maximum.value)
         yield InfoMetricFamily("embedding_build", "What runs.", value={"version": VERSION})
 
     # --- making ---
 
-    def _figure(self) -> Figure:
+    def _figure(self) -> Cell:
         self._fields += 1
-        return Figure(self.board, self._fields - 1)
+        return Cell(self.board, self._fields - 1)
 
-    def _counter(self, name: str, text: str) -> Figure:
+    def _counter(self, name: str, text: str) -> Cell:
         figure = self._figure()
         self._counters.append((name, text, (), {(): figure}))
         return figure
 
-    def _labelled(self, name: str, text: str, label: str, values: Iterable[str]) -> list[tuple[str, Figure]]:
+    def _labelled(self, name: str, text: str, label: str, values: Iterable[str]) -> list[tuple[str, Cell]]:
         figures = [(value, self._figure()) for value in values]
         self._counters.append((name, text, (label,), {(value,): figure for value, figure in figures}))
         return figures
 
-    def _worst(self, name: str, text: str) -> Worst:
+    def _maximum(self, name: str, text: str) -> Maximum:
         self._fields += 1
-        worst = Worst(self.board, self._fields - 1)
-        self._worsts.append((name, text, worst))
-        return worst
+        maximum = Maximum(self.board, self._fields - 1)
+        self._maxima.append((name, text, maximum))
+        return maximum
 
-    def _durations(self, name: str, text: str) -> Durations:
-        durations = Durations(self._figure)
+    def _durations(self, name: str, text: str) -> Histogram:
+        durations = Histogram(self._figure)
         self._histograms.append((name, text, (), {(): durations}))
         return durations
 
-    def _reply_counters(self) -> dict[str, dict[int, Figure]]:
-        """By route and status; 0 stands for a status that is not in the list."""
-        replies = {route: {status: self._figure() for status in (*STATUSES, 0)} for route in ROUTES}
-        series: dict[tuple[str, ...], Figure] = {
+    def _labels(self) -> list[str]:
+        return [*dict.fromkeys(self._routes.values()), OTHER]
+
+    def _reply_counters(self) -> dict[str, dict[int, Cell]]:
+        """Counters by route and status; 0 stands for a status that is not in the list."""
+        replies = {route: {status: self._figure() for status in (*STATUSES, 0)} for route in self._labels()}
+        series: dict[tuple[str, ...], Cell] = {
             (route, str(status or _OTHER_STATUS)): figure
             for route, by_status in replies.items()
             for status, figure in by_status.items()
@@ -303,8 +293,8 @@ class Metrics:
         self._counters.append(("requests", "Replies by route and status.", ("route", "status"), series))
         return replies
 
-    def _route_durations(self) -> dict[str, Durations]:
-        durations = {route: Durations(self._figure) for route in ROUTES}
+    def _route_durations(self) -> dict[str, Histogram]:
+        durations = {route: Histogram(self._figure) for route in self._labels()}
         text = "From the first byte of a request to the last of its reply."
         self._histograms.append(
             ("request_duration", text, ("route",), {(route,): one for route, one in durations.items()})
@@ -312,6 +302,6 @@ class Metrics:
         return durations
 
 
-def shared_board(*, fd: int, slots: int, slot: int) -> Board:
-    """The board of a gateway of several processes, as one of them sees it."""
-    return Board(fields=FIELDS, slots=slots, slot=slot, fd=fd)
+def shared_scoreboard(*, fd: int, slots: int, slot: int) -> Scoreboard:
+    """The scoreboard of a gateway of several processes, as one of them sees it."""
+    return Scoreboard(fields=FIELDS, slots=slots, slot=slot, fd=fd)

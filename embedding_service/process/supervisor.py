@@ -1,12 +1,13 @@
-"""Gateway processes on one listening socket: started, watched, replaced, ended.
+"""Gateway processes on one listening socket: how they are started, watched, replaced and ended.
 
-The parent binds the socket and makes the board (`board.py`); each worker inherits both, and a pipe that tells it when
-the parent is gone. The kernel hands a connection to whichever worker accepts first. A worker that dies is replaced.
+The parent binds the socket and makes the scoreboard (`observability/scoreboard.py`). Each worker inherits both, and a
+pipe that closes when the parent is gone. The kernel hands a connection to the worker that accepts first. A worker that
+dies is replaced.
 
 SIGHUP replaces all of them, one after the other, and loses no request: a successor is started, and once it serves and
 knows a model, its predecessor is told to retire (SIGHUP too): that one accepts nothing more, closes each connection
 with its next reply, and finishes what is in hand. A successor that does not come so far is ended, and the old one
-stays.
+stays. Why this is not uvicorn's process manager: docs/adr/0009-own-supervisor.md.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RESTART_AFTER_S = 0.5
+"""The pause, in seconds, before a dead worker is started again. It doubles with each early death."""
 MAX_RESTART_AFTER_S = 10.0
-LIVED_S = 10.0  # a worker that served this long had started well: its successor need not wait
-READY_WITHIN_S = 30.0  # of a successor: a second to start, and some for a machine that is busy
+"""The longest pause, in seconds, before a worker is started again."""
+LIVED_S = 10.0
+"""A worker that has run for so many seconds had started well: its successor gets the shortest pause."""
+READY_WITHIN_S = 30.0
+"""How long, in seconds, a successor may take until it is ready: one to start, and more on a machine that is busy."""
 READY, SERVING = b"r", b"s"
-"""What a worker says once it serves: with a model known, or without."""
+"""The report of a worker once it serves: with a model known, or without."""
 _UNFIT = {
     None: f"was not ready within {READY_WITHIN_S:.0f} s",
     b"": "ended before it served",
@@ -41,64 +46,69 @@ _UNFIT = {
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """What a worker inherits: its row of the board's, and four file descriptors."""
+class WorkerInheritance:
+    """What a worker inherits: its row of the scoreboard's rows, and four file descriptors.
+
+    `lifeline_fd` is a pipe that closes when the parent is gone; the worker reports to `report_fd` once it serves.
+    """
 
     row: int
     rows: int
     listen_fd: int
-    board_fd: int
+    scoreboard_fd: int
     lifeline_fd: int
-    word_fd: int
+    report_fd: int
 
     def to_argument(self) -> str:
-        return f"{self.row}/{self.rows}:{self.listen_fd},{self.board_fd},{self.lifeline_fd},{self.word_fd}"
+        """Returns it as one argument of a command line."""
+        return f"{self.row}/{self.rows}:{self.listen_fd},{self.scoreboard_fd},{self.lifeline_fd},{self.report_fd}"
 
     @classmethod
-    def from_argument(cls, text: str) -> Place:
-        """Raises `ValueError`."""
+    def from_argument(cls, text: str) -> WorkerInheritance:
+        """Reads what `to_argument` writes. Raises `ValueError`."""
         rows, _, fds = text.partition(":")
-        row, _, of = rows.partition("/")
-        listen_fd, board_fd, lifeline_fd, word_fd = map(int, fds.split(","))
-        return cls(int(row), int(of), listen_fd, board_fd, lifeline_fd, word_fd)
+        row, _, count = rows.partition("/")
+        listen_fd, scoreboard_fd, lifeline_fd, report_fd = map(int, fds.split(","))
+        return cls(int(row), int(count), listen_fd, scoreboard_fd, lifeline_fd, report_fd)
 
 
 @dataclass(eq=False, slots=True)
 class _Worker:
-    """A process, its row, and its word: `READY`, `SERVING`, or nothing if it ended before it served."""
+    """A process and its row. `report` is `READY`, `SERVING`, or empty if the process ended before it served."""
 
     process: asyncio.subprocess.Process
     row: int
-    word: asyncio.Future[bytes]
+    report: asyncio.Future[bytes]
     started_at: float
     retired: bool = False
-    over: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Supervisor:
     """Keeps `workers` workers until SIGTERM or SIGINT, then drains them all at once; replaces them at SIGHUP.
 
-    `ended(row)` is called once for each that is no more.
+    `on_worker_end(row)` is called once for each process that has ended. `stop_within_s` is how long a worker may take
+    to end before it is killed.
     """
 
     def __init__(
         self,
         *,
         listener: socket.socket,
-        board_fd: int,
+        scoreboard_fd: int,
         workers: int,
         stop_within_s: float,
-        ended: Callable[[int], None],
+        on_worker_end: Callable[[int], None],
     ) -> None:
         self._wanted = workers
-        self._ended = ended
+        self._on_worker_end = on_worker_end
         self._stop_within_s = stop_within_s
-        self._lifeline_fd, self._own_end_fd = os.pipe()  # nobody writes; the kernel closes our end if we die
-        self._fds = (listener.fileno(), board_fd, self._lifeline_fd)
-        self._rows = workers + 1  # one spare: predecessor and successor count side by side for a while
-        self._free_rows = list(reversed(range(self._rows)))  # a stack: who dies leaves its row to whoever comes next
+        self._lifeline_fd, self._own_end_fd = os.pipe()  # never written to; the kernel closes our end if we die
+        self._fds = (listener.fileno(), scoreboard_fd, self._lifeline_fd)
+        self._rows = workers + 1  # one is spare: predecessor and successor count side by side for a while
+        self._free_rows = list(reversed(range(self._rows)))  # a stack: the next worker takes the row of the last to end
         self._stop = asyncio.Event()
-        self._renew = asyncio.Event()
+        self._replace_all = asyncio.Event()
         self._workers: list[_Worker] = []
         self._served = False
         self._exit_code = 0
@@ -107,28 +117,28 @@ class Supervisor:
         return f"<Supervisor {len(self._workers)} of {self._wanted} workers>"
 
     async def run(self) -> int:
-        """Until told to stop. The exit code: 1 if the first worker ended before it served."""
+        """Runs until told to stop. Returns the exit code: 1 if the first worker ended before it served."""
         loop = asyncio.get_running_loop()
         for ending in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(ending, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, self._renew.set)
+        loop.add_signal_handler(signal.SIGHUP, self._replace_all.set)
         async with asyncio.TaskGroup() as tasks:
             for _ in range(self._wanted):
                 tasks.create_task(self._keep(await self._start()))
-            renewing = tasks.create_task(self._renew_when_asked(tasks))
+            replacing = tasks.create_task(self._replace_all_when_asked(tasks))
             await self._stop.wait()
-            renewing.cancel()
+            replacing.cancel()
         return self._exit_code
 
     async def _keep(self, worker: _Worker) -> None:
-        """A worker, and whoever comes after it if it dies, until it is retired or all shall stop."""
+        """Keeps a worker, and the one started in its place if it dies, until it is retired or all shall stop."""
         pause_s = RESTART_AFTER_S
         while True:
             await self._until_ended_or_stopped(worker)
             if worker.retired or self._stop.is_set():
                 return
             log.error("worker pid %d ended with %s", worker.process.pid, worker.process.returncode)
-            if not (await worker.word or self._served):
+            if not (await worker.report or self._served):
                 self._exit_code = 1
                 self._stop.set()  # what kept the first from starting would keep the next ones too
                 return
@@ -140,7 +150,7 @@ class Supervisor:
             worker = successor
 
     async def _start_after(self, pause_s: float) -> _Worker | None:
-        """Tries for as long as no process can be had; None if all shall stop meanwhile."""
+        """Starts a worker, and tries again while no process can be had. Returns None if all shall stop meanwhile."""
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), pause_s)
@@ -152,71 +162,72 @@ class Supervisor:
                 log.error("a worker cannot be started: %s", failure)  # noqa: TRY400 - a trace says no more
                 pause_s = min(MAX_RESTART_AFTER_S, 2 * pause_s)
 
-    async def _renew_when_asked(self, tasks: asyncio.TaskGroup) -> None:
+    async def _replace_all_when_asked(self, tasks: asyncio.TaskGroup) -> None:
         while True:
-            await self._renew.wait()
-            self._renew.clear()
+            await self._replace_all.wait()
+            self._replace_all.clear()
             for worker in list(self._workers):
-                if not (worker.over.is_set() or await self._replace(worker, tasks)):
+                if not (worker.ended.is_set() or await self._replace(worker, tasks)):
                     break
 
     async def _replace(self, old: _Worker, tasks: asyncio.TaskGroup) -> bool:
-        """Whether a successor now serves in the place of `old`, which has ended."""
+        """Replaces `old`. Returns whether a successor now serves in its place, and `old` has ended."""
         try:
             successor = await self._start()
         except OSError as failure:  # no memory, no file descriptors, or no interpreter where it used to be
             log.error("pid %d is not replaced: its successor cannot be started: %s", old.process.pid, failure)  # noqa: TRY400
             return False
-        fit, said = False, None
+        fit, report = False, None
         try:
-            await asyncio.wait((successor.word,), timeout=READY_WITHIN_S)
-            said = successor.word.result() if successor.word.done() else None
-            fit = said == READY and not old.over.is_set()
+            await asyncio.wait((successor.report,), timeout=READY_WITHIN_S)
+            report = successor.report.result() if successor.report.done() else None
+            fit = report == READY and not old.ended.is_set()
         finally:
             if not fit:
                 await self._end(successor)
         if not fit:
-            log.error("pid %d is not replaced: its successor %s", old.process.pid, _UNFIT[said])
+            log.error("pid %d is not replaced: its successor %s", old.process.pid, _UNFIT[report])
             return False
         tasks.create_task(self._keep(successor))
         old.retired = True
-        if old.process.returncode is None:  # else it has died just now, and is not started again
+        if old.process.returncode is None:  # otherwise it has died just now, and is not started again
             old.process.send_signal(signal.SIGHUP)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(old.over.wait(), self._stop_within_s)
-        if not old.over.is_set():
+            await asyncio.wait_for(old.ended.wait(), self._stop_within_s)
+        if not old.ended.is_set():
             self._kill(old)
-            await old.over.wait()
+            await old.ended.wait()
         return True
 
     async def _start(self) -> _Worker:
-        """Raises `OSError` if there can be no such process now; the others must not suffer for it."""
+        """Starts a worker. Raises `OSError` if no process can be had now, which must not end the other workers."""
         loop = asyncio.get_running_loop()
-        word_fd, its_end_fd = os.pipe()
+        report_fd, its_end_fd = os.pipe()
         row = self._free_rows.pop()
         fds = (*self._fds, its_end_fd)
-        command = (sys.executable, "-m", "embedding_service.process.worker", Place(row, self._rows, *fds).to_argument())
+        inheritance = WorkerInheritance(row, self._rows, *fds)
+        command = (sys.executable, "-m", "embedding_service.process.worker", inheritance.to_argument())
         # a session of its own: Ctrl-C in a terminal reaches the parent alone, which then ends all workers once
         try:
             process = await asyncio.create_subprocess_exec(*command, pass_fds=fds, start_new_session=True)
         except OSError:
-            os.close(word_fd)
+            os.close(report_fd)
             self._free_rows.append(row)
             raise
         finally:
             os.close(its_end_fd)
         worker = _Worker(process, row, loop.create_future(), loop.time())
-        loop.add_reader(word_fd, self._hear, worker, word_fd)
+        loop.add_reader(report_fd, self._read_report, worker, report_fd)
         self._workers.append(worker)
         log.info("a worker is pid %d", process.pid)
         return worker
 
-    def _hear(self, worker: _Worker, word_fd: int) -> None:
-        asyncio.get_running_loop().remove_reader(word_fd)
-        word = os.read(word_fd, 1)
-        os.close(word_fd)
-        self._served = self._served or bool(word)
-        worker.word.set_result(word)
+    def _read_report(self, worker: _Worker, report_fd: int) -> None:
+        asyncio.get_running_loop().remove_reader(report_fd)
+        report = os.read(report_fd, 1)
+        os.close(report_fd)
+        self._served = self._served or bool(report)
+        worker.report.set_result(report)
 
     async def _until_ended_or_stopped(self, worker: _Worker) -> None:
         ended, stopped = asyncio.create_task(worker.process.wait()), asyncio.create_task(self._stop.wait())
@@ -225,7 +236,7 @@ class Supervisor:
         await self._end(worker)
 
     async def _end(self, worker: _Worker) -> None:
-        """Tells it to, if it has not ended or been told before, and sees that it does."""
+        """Tells a worker to end, unless it has ended or been told before, and waits for it; kills it if it must."""
         if worker.process.returncode is None and not worker.retired:
             worker.process.terminate()
         try:
@@ -234,23 +245,23 @@ class Supervisor:
             self._kill(worker)
             await worker.process.wait()
         self._workers.remove(worker)
-        self._ended(worker.row)
+        self._on_worker_end(worker.row)
         self._free_rows.append(worker.row)
-        worker.over.set()
+        worker.ended.set()
 
     def _kill(self, worker: _Worker) -> None:
         log.error("pid %d is killed: it did not end within %.0f s", worker.process.pid, self._stop_within_s)
         worker.process.kill()
 
 
-def tell(word_fd: int, *, ready: bool) -> None:
-    """In a worker, once it serves: says so to the parent."""
-    os.write(word_fd, READY if ready else SERVING)
-    os.close(word_fd)
+def report_serving(report_fd: int, *, ready: bool) -> None:
+    """Reports to the parent that this worker serves; `ready` says whether it knows a model."""
+    os.write(report_fd, READY if ready else SERVING)
+    os.close(report_fd)
 
 
 def end_with_parent(lifeline_fd: int) -> None:
-    """In a worker, once its loop runs: drains as soon as the parent is gone, however it went."""
+    """Drains this worker as soon as the parent is gone, however it ended. Called once the worker's event loop runs."""
     loop = asyncio.get_running_loop()
 
     def parent_is_gone() -> None:

@@ -1,7 +1,8 @@
-"""What the replicas can be asked: whom a request goes to, and what its reply means.
+"""One exchange with a replica, through HAProxy: how it is asked, and what its reply means.
 
-A replica is judged by the vectors it sends. Its reply tells who it is; `Ejections` counts, and says whom the next
-request has to name. Nothing is asked twice here.
+HAProxy tells on each reply which replica sent it, and sends a request that names one there if that one is up. A replica
+is judged by the vectors that it sends. Nothing is asked twice here, except for connections that failed before anything
+was sent; repetitions are made in retry.py.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+import aiohttp
 import orjson
 
 from embedding_common.contract import (
@@ -30,25 +34,34 @@ from embedding_service.errors import (
     InferenceFailed,
     InvalidRequest,
     Overloaded,
+    Problem,
     Unavailable,
     UnknownModel,
 )
-from embedding_service.observability.log_throttle import Seldom
-from embedding_service.upstream.ejection import Ejections
-from embedding_service.upstream.http import REPLICA_HEADER, Broken
+from embedding_service.observability.log_throttle import LogThrottle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from typing import Any
+    from typing import Any, Self
 
     from embedding_common.contract import ModelCard
     from embedding_service.cache.entry import KeySpace
-    from embedding_service.observability.metrics import Metrics
-    from embedding_service.upstream.http import Balancer
+    from embedding_service.upstream.retry import Retry
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+CONNECT_S = 1.0  # HAProxy is a host away at most; its name too must be found by then, however mute name servers are
+CONNECT_TRIES_S = 0.8  # a reload of HAProxy refuses connections for a moment; nothing has been sent, so repeat freely
+CONNECT_PAUSE_S = 0.1
+UNSENT_HEADER = "x-connection-retries"
+"""On a 503 that HAProxy made itself: other than 0 if the replicas that it tried refused the connection. Replicas that
+have just died, or just start, count as up until the next checks, and several at once can take all of its tries."""
+REPLICA_HEADER = "x-replica"
+"""On a reply of a replica: its name. On a request: the replica that it is for, another if that one is down."""
+KEEP_ALIVE_S = 15.0  # shorter than HAProxy's client keep-alive, so that we are the one to close
+
 
 EMBED = "/embed"
 MODELS_TIMEOUT_S = 2.0
@@ -56,77 +69,150 @@ ASIDE_ID = "gateway-check"  # what a replica's log calls a text that no client a
 PROBE_TEXT = "probe"  # computed to learn a model's card, and thrown away
 
 
+class Broken(Exception):
+    """A request that was sent came to nothing, but another replica may answer it. `problem` is what a caller is told if
+    it is not repeated.
+
+    `replica` is the one that answered with nothing that could be used; None if none answered. `in_doubt`: the fault may
+    lie in the work as well as in the replica.
+    """
+
+    def __init__(self, problem: Problem, replica: str | None = None, *, in_doubt: bool = False) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+        self.replica = replica
+        self.in_doubt = in_doubt
+
+
+class Balancer:
+    """HTTP to HAProxy. As a context manager it owns the connections."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0,  # bounded by the lanes' calls
+                keepalive_timeout=KEEP_ALIVE_S,
+                use_dns_cache=False,  # a container that was made anew has another address
+            ),
+            auto_decompress=False,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def request(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and body of one exchange. Raises `Unavailable`, or `Broken` if the request had been sent.
+
+        Connections that fail, here or behind HAProxy, are tried again for a moment: nothing has been sent on them.
+        """
+        assert self._session is not None, "used outside its context"  # noqa: S101 - for the type checker and misuse
+        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_S)  # the caller bounds the whole
+        give_up_at = time.monotonic() + CONNECT_TRIES_S
+        while True:
+            try:
+                async with self._session.request(
+                    method, self._url + path, data=body, headers=headers, timeout=timeout, allow_redirects=False
+                ) as reply:
+                    try:
+                        content = await reply.read()
+                    except (aiohttp.ClientError, OSError) as cut:
+                        problem = Unavailable(f"a reply was cut short: {type(cut).__name__}", retry_after_s=1)
+                        raise Broken(problem, reply.headers.get(REPLICA_HEADER)) from None
+                    if not _unsent(reply.status, reply.headers) or time.monotonic() > give_up_at:
+                        return reply.status, reply.headers, content
+            except aiohttp.ClientConnectorError as refused:
+                if time.monotonic() > give_up_at:
+                    raise Unavailable(
+                        f"the balancer refuses connections: {refused.os_error.strerror}", retry_after_s=1
+                    ) from None
+            except aiohttp.ConnectionTimeoutError:
+                raise Unavailable("the balancer does not accept connections", retry_after_s=1) from None
+            except (aiohttp.ClientError, OSError) as broken:
+                raise Broken(Unavailable(f"the connection broke: {type(broken).__name__}", retry_after_s=1)) from None
+            await asyncio.sleep(CONNECT_PAUSE_S)
+
+
+def _unsent(status: int, headers: Mapping[str, str]) -> bool:
+    """Whether HAProxy sent the request to no replica, though it takes some replicas to be up."""
+    return status == 503 and headers.get(UNSENT_HEADER, "0") != "0"  # noqa: PLR2004 - HTTP
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedCall:
+    """The work of one call: texts of one key space. `give_up_at` is on the monotonic clock."""
+
+    space: KeySpace
+    texts: Sequence[str]
+    lane: Lane
+    request_id: str
+    give_up_at: float
+
+
 class Replicas:
     """All replicas behind HAProxy. Each method is one request, of `timeout_s` at most unless it says otherwise."""
 
-    def __init__(self, *, balancer: Balancer, timeout_s: float, metrics: Metrics) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, *, balancer: Balancer, retry: Retry, timeout_s: float) -> None:
         self._balancer = balancer
-        self._metrics = metrics
-        self._ejections = Ejections()
-        self._tell_nonsense = Seldom(log.error)
+        self._retry = retry
+        self._timeout_s = timeout_s
+        self._log_nonsense = LogThrottle(log.error)
 
     def __repr__(self) -> str:
-        return f"<Replicas {self._ejections!r}>"
+        return f"<Replicas {self._retry!r}>"
 
-    @property
-    def ejected(self) -> int:
-        """How many get no calls but tries, as what they answered could not be used."""
-        return len(self._ejections)
+    async def embed(self, call: EmbedCall) -> Embedded:
+        """The first try of a call. The caller bounds its time, and repeats it if `Broken` is raised.
 
-    async def embed(
-        self,
-        space: KeySpace,
-        texts: Sequence[str],
-        *,
-        lane: Lane,
-        request_id: str,
-        within_s: float,
-        avoid: str | None = None,
-        may_try: bool = False,
-    ) -> Embedded:
-        """Vectors of texts for which somebody waits `within_s` longer; the caller bounds the call itself.
-
-        Raises `Problem`, or `Broken` where another replica may do better: the caller then repeats to `avoid` the one
-        that failed. A call that the caller would repeat `may_try` an ejected replica.
+        Raises `Problem`, or `Broken` where another replica may do better.
         """
+        self._retry.calls += 1
+        named = self._retry.choose(repeatable=True) if self._retry.ejections.ejected else None
+        return await self.send(call, named)
+
+    async def send(self, call: EmbedCall, named: str | None) -> Embedded:
+        """One try of a call, at the replica `named` if there is a name. Raises `Problem` or `Broken`."""
         headers = {
             "accept": BINARY_TYPE,
-            PRIORITY_HEADER: lane.value,
-            TIMEOUT_HEADER: str(max(1, int(within_s * 1000))),
-            REQUEST_ID_HEADER: request_id,
+            "content-type": "application/json",
+            PRIORITY_HEADER: call.lane.value,
+            TIMEOUT_HEADER: str(max(1, int((call.give_up_at - time.monotonic()) * 1000))),
+            REQUEST_ID_HEADER: call.request_id,
         }
-        read = partial(Embedded.from_bytes, texts=len(texts))
-        return await self._ask(EMBED, _body(space, texts), headers, read, avoid=avoid, may_try=may_try)
+        body = orjson.dumps(_embed_body(call.space, call.texts))
+        read = partial(Embedded.from_bytes, texts=len(call.texts))
+        return await self._exchange(EMBED, body, headers, read, named)
 
     async def embed_aside(self, space: KeySpace, text: str) -> Embedded:
-        """One text that nobody waits for. Raises `Problem`."""
+        """The vector of one text that no caller waits for. Raises `Problem`."""
         headers = {"accept": BINARY_TYPE, PRIORITY_HEADER: Lane.BULK.value, REQUEST_ID_HEADER: ASIDE_ID}
         read = partial(Embedded.from_bytes, texts=1)
-        return await self._exchange(EMBED, _body(space, [text]), headers, self.timeout_s, read)
+        return await self._ask_once(EMBED, _embed_body(space, [text]), headers, self._timeout_s, read)
 
     async def models(self) -> ModelList:
-        """Which models there are, by the replica that happens to be asked, in two seconds. Raises `Problem`."""
-        return await self._exchange("/models", None, {}, MODELS_TIMEOUT_S, ModelList.from_json)
+        """The models there are, by the replica that happens to be asked, within two seconds. Raises `Problem`."""
+        return await self._ask_once("/models", None, {}, MODELS_TIMEOUT_S, ModelList.from_json)
 
     async def probe(self, model_id: str) -> ModelCard:
-        """The card of a model, which its replica loads for it if need be. Raises `Problem`."""
+        """The card of a model, which its replica loads for it if it has to. Raises `Problem`."""
         headers = {"accept": BINARY_TYPE, PRIORITY_HEADER: Lane.INTERACTIVE.value}
         body = {"texts": [PROBE_TEXT], "model_id": model_id}
         read = partial(Embedded.from_bytes, texts=1)
-        return (await self._exchange(EMBED, body, headers, self.timeout_s, read)).card
+        return (await self._ask_once(EMBED, body, headers, self._timeout_s, read)).card
 
     async def tokenize(self, body: Mapping[str, object], request_id: str) -> Tokenized:
-        """Their `POST /tokenize`. Raises `Problem`."""
+        """The reply of `POST /tokenize`. Raises `Problem`."""
         headers = {REQUEST_ID_HEADER: request_id}
-        return await self._exchange("/tokenize", body, headers, self.timeout_s, Tokenized.from_json)
+        return await self._ask_once("/tokenize", body, headers, self._timeout_s, Tokenized.from_json)
 
-    def blame(self, name: str) -> None:
-        """It has answered with what cannot be used."""
-        self._metrics.unusable_replies.inc()
-        self._ejections.unusable(name)
-
-    async def _exchange(
+    async def _ask_once(
         self,
         path: str,
         body: Mapping[str, object] | None,
@@ -134,74 +220,71 @@ class Replicas:
         timeout_s: float,
         read: Callable[[bytes], T],
     ) -> T:
-        """One request beside the lanes, never repeated. Raises `Problem`."""
+        """One request beside the lanes, a GET without a body, never repeated. Raises `Problem`."""
+        raw = None
+        if body is not None:
+            headers["content-type"] = "application/json"
+            raw = orjson.dumps(body)
+        named = self._retry.choose(repeatable=False) if self._retry.ejections.ejected else None
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._ask(path, body, headers, read)
+                return await self._exchange(path, raw, headers, read, named)
         except Broken as failed:
             raise failed.problem from None
         except TimeoutError:
             raise Unavailable(f"no replica answered {path} within {timeout_s:g} s", retry_after_s=1) from None
 
-    async def _ask(
-        self,
-        path: str,
-        body: Mapping[str, object] | None,
-        headers: dict[str, str],
-        read: Callable[[bytes], T],
-        *,
-        avoid: str | None = None,
-        may_try: bool = False,
+    async def _exchange(
+        self, path: str, raw: bytes | None, headers: dict[str, str], read: Callable[[bytes], T], named: str | None
     ) -> T:
-        """One request, a GET without a body. Raises `Problem`, or `Broken` where another replica may do better.
+        """Asks, reads and judges. Raises `Problem` or `Broken`.
 
-        No judgement follows from other paths than that of vectors: a liar may well list its models.
+        Only replies to `/embed` are judged: a replica that computes nonsense may well list its models.
         """
-        if body is not None:
-            headers["content-type"] = "application/json"
-        named = self._ejections.choose(avoid=avoid, may_try=may_try)
+        ejections = self._retry.ejections
         if named is not None:
             headers[REPLICA_HEADER] = named
         try:
-            replica, result = await self._send(path, body, headers, read)
+            method = "GET" if raw is None else "POST"
+            status, reply_headers, reply = await self._balancer.request(method, path, raw, headers)
+            replica = reply_headers.get(REPLICA_HEADER)
+            if named is not None and replica not in (named, None):
+                ejections.forget(named)
+            result = self._read(path, replica, status, reply_headers, reply, read)
         except Broken as broken:
             if path == EMBED and broken.replica is not None and not broken.in_doubt:
-                self.blame(broken.replica)
+                self._retry.blame(broken.replica)
             raise
         finally:
             if named is not None:
-                self._ejections.done(named)
-        if path == EMBED and replica is not None:
-            self._ejections.usable(replica)
+                ejections.done(named)
+        if path == EMBED and replica is not None and replica not in ejections.in_good_standing:
+            ejections.usable(replica)
         return result
 
-    async def _send(
+    def _read(
         self,
         path: str,
-        body: Mapping[str, object] | None,
+        replica: str | None,
+        status: int,
         headers: Mapping[str, str],
+        reply: bytes,
         read: Callable[[bytes], T],
-    ) -> tuple[str | None, T]:
-        """Who answered, and what. Raises `Problem` or `Broken`."""
-        raw = None if body is None else orjson.dumps(body)
-        status, reply_headers, reply = await self._balancer.request("POST" if raw else "GET", path, raw, headers)
-        replica = reply_headers.get(REPLICA_HEADER)
-        named = headers.get(REPLICA_HEADER)
-        if named is not None and replica not in (named, None):
-            self._ejections.forget(named)
-        if status != 200:  # noqa: PLR2004
-            problem = _problem_of(status, reply_headers, reply)
-            if isinstance(problem, InferenceFailed) and replica and self._ejections.has_good_besides(replica):
+    ) -> T:
+        """The meaning of a reply. Raises `Problem` or `Broken`."""
+        if status != 200:  # noqa: PLR2004 - HTTP
+            problem = _problem_of(status, headers, reply)
+            if isinstance(problem, InferenceFailed) and replica and self._retry.ejections.has_good_besides(replica):
                 raise Broken(problem, replica, in_doubt=True)
             raise problem
         try:
-            return replica, read(reply)
+            return read(reply)
         except WireError as nonsense:
-            self._tell_nonsense("replica %s broke the contract of %s: %s", replica, path, nonsense)
+            self._log_nonsense("replica %s broke the contract of %s: %s", replica, path, nonsense)
             raise Broken(InferenceFailed("a replica sent an unusable reply"), replica) from None
 
 
-def _body(space: KeySpace, texts: Sequence[str]) -> dict[str, object]:
+def _embed_body(space: KeySpace, texts: Sequence[str]) -> dict[str, object]:
     return {
         "texts": texts,
         "model_id": space.model_id,
@@ -211,7 +294,7 @@ def _body(space: KeySpace, texts: Sequence[str]) -> dict[str, object]:
 
 
 def _problem_of(status: int, headers: Mapping[str, str], reply: bytes) -> Exception:
-    """What a reply other than 200 means for the flights: a problem, or one worth another replica."""
+    """The exception for a reply other than 200: a `Problem`, or `Broken` if another replica may do better."""
     message = f"HTTP {status}"
     detail: dict[str, Any] = {}
     with contextlib.suppress(ValueError, TypeError):

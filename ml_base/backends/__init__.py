@@ -1,4 +1,4 @@
-"""What a backend is. Importing this loads no numeric library; each backend's own module does, when it is chosen."""
+"""What a backend is. Importing this loads no numeric library; a backend's own module does, when it is chosen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from embedding_common.contract import TokenizedText
-    from ml_base.batching.shapes import Grid
+    from ml_base.batching.batches import Grid
 
 Direction = Literal["left", "right"]
 
@@ -24,8 +24,10 @@ class UnsupportedModelError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """`local`: look nowhere but in the folder, or in the hub's cache. `cache_dir` keeps what was converted, unless
-    `baked_dir` has it already.
+    """How a model is loaded.
+
+    `local` means that only the folder, or the hub's cache, is searched. `cache_dir` keeps converted models, unless
+    `baked_dir` has them already.
     """
 
     local: bool
@@ -38,19 +40,18 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """One text, cut to the model's limit, not yet padded. Its len() is what the model has to compute.
+    """One text, cut to the model's limit, not yet padded.
 
-    `tokens` counts the text before it was cut, prompt and special tokens included. `prompt_tokens` is how many
+    `features` are the model's inputs by name, `length` values each: the tokens that the model has to compute. `tokens`
+    counts the text before it was cut, prompt and special tokens included. `prompt_tokens` is how many
     leading ones pooling has to leave out: 0 for a model that pools its prompt.
     """
 
     features: Mapping[str, Sequence[int]]
+    length: int
     tokens: int
     truncated: bool
     prompt_tokens: int = 0
-
-    def __len__(self) -> int:
-        return len(self.features["input_ids"])
 
 
 class Backend(Protocol):
@@ -62,7 +63,7 @@ class Backend(Protocol):
     def dtype(self) -> str: ...
     @property
     def grid(self) -> Grid:
-        """The shapes it computes; `embed` pads to them."""
+        """The shapes that it computes; `embed` pads to them."""
 
     @property
     def in_calling_thread(self) -> bool:
@@ -72,7 +73,7 @@ class Backend(Protocol):
     def max_tokens(self) -> int: ...
     @property
     def pooling(self) -> str:
-        """How the tokens' vectors become one, as the card has it."""
+        """How the vectors of the tokens become one, in the words of the model card."""
 
     @property
     def prompts(self) -> Mapping[str, str]: ...
@@ -80,16 +81,16 @@ class Backend(Protocol):
     def default_prompt_name(self) -> str | None: ...
     @property
     def self_test(self) -> float | None:
-        """Lowest cosine to the reference, found at load; None for the reference itself."""
+        """The lowest cosine to the reference, found at load; None for the reference itself."""
 
     def identity(self) -> bytes:
-        """A digest of all that decides a vector and is not in the card: weights, modules, tokenizer."""
+        """Returns a digest of what decides a vector and is not in the card: weights, modules, tokenizer."""
 
     def tokenize(self, texts: Sequence[str], *, prompt: str, direction: Direction) -> list[Tokenized]:
-        """Each text with `prompt` before it; `direction` is the side that is cut off if it is too long."""
+        """Tokenizes each text behind `prompt`; `direction` is the side that is cut off if it is too long."""
 
     def describe(self, texts: Sequence[str], *, prompt: str, add_special_tokens: bool) -> list[TokenizedText]:
-        """Every token of each text, uncut, for people who look; in the thread of `tokenize`."""
+        """Returns every token of each text, uncut, to be shown; runs in the thread of `tokenize`."""
 
     def embed(self, batch: Sequence[Tokenized]) -> NDArray[np.float32]:
-        """The model's own output, float32 [len(batch), dimension]."""
+        """Returns the model's own output, float32 [len(batch), dimension]."""

@@ -1,4 +1,4 @@
-"""The fastest backend that computes the model: OpenVINO if it passes the self-test beside torch, else torch itself."""
+"""Chooses the fastest backend that computes the model: OpenVINO if it passes the self-test, else torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def load(name_or_path: str, options: LoadOptions) -> Backend:
-    """On CUDA torch. On a CPU without OpenVINO torch in float32 with a warning, unless another dtype was asked for."""
+    """Loads on torch for CUDA, else on OpenVINO; without that, on torch in float32 with a warning.
+
+    Raises `UnsupportedModelError` if another dtype was asked for then.
+    """
     if find_device(options.device) == "cuda":
         return load_torch(name_or_path, options)
     try:
@@ -33,7 +36,10 @@ def load(name_or_path: str, options: LoadOptions) -> Backend:
 
 
 def load_openvino(name_or_path: str, options: LoadOptions) -> Backend:
-    """Raises `UnsupportedModelError` if OpenVINO is missing, cannot convert the model, or computes something else."""
+    """Loads on OpenVINO.
+
+    Raises `UnsupportedModelError` if OpenVINO is missing, cannot convert the model, or computes other vectors.
+    """
     try:
         from ml_base.backends.openvino import OpenVinoBackend  # noqa: PLC0415 - optional, and a third of a second
     except ImportError as missing:
@@ -69,7 +75,7 @@ def load_openvino(name_or_path: str, options: LoadOptions) -> Backend:
 
 
 def fastest_dtype(cpuinfo: Path) -> str:
-    """bfloat16 where the CPU multiplies it natively; emulated, it is slower than float32."""
+    """Returns bfloat16 where the CPU multiplies it natively; emulated, it is slower than float32."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:

@@ -1,9 +1,9 @@
-"""The same model with its transformer computed by OpenVINO: tokenizer, pooling, normalisation and prompts stay its own.
+"""The backend whose transformer is computed by OpenVINO; tokenizer, pooling, normalisation and prompts stay.
 
 Converting takes seconds, so the result is kept on disk under the digest of what was converted, together with the
-vectors that torch computes of the self-test's texts. It is written to a folder of its own and renamed into place while
-a lock is held, so that replicas which start at once convert it once and none ever reads half of it; its checksums are
-verified at every load.
+vectors that torch computes for the texts of the self-test. It is written to a folder of its own and renamed into place
+while a lock is held, so that replicas which start at once convert it once and none ever reads half of it. Its checksums
+are verified at every load.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from ml_base.backends import UnsupportedModelError, selftest
 from ml_base.backends.quantize import Quantizer
 from ml_base.backends.torch import TorchBackend
-from ml_base.batching.shapes import Grid
+from ml_base.batching.batches import Grid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ _MANIFEST = "sha256.json"
 
 
 class OpenVinoBackend(TorchBackend):
-    """Vectors within rounding of the torch backend's: `selftest` says how near, and is asked at every load."""
+    """Computes vectors within rounding of the torch backend's; `selftest` measures how near, at every load."""
 
     name = "openvino"
 
@@ -59,23 +59,23 @@ class OpenVinoBackend(TorchBackend):
         cache_dir: Path,
         baked_dir: Path | None = None,
     ) -> None:
-        """`precision` is the dtype of what `dtype` leaves open: int8 covers the matrix products only."""
+        """`precision` is the dtype of all that `dtype` does not cover: int8 covers the matrix products only."""
         super().__init__(model)
         self._identity += str(openvino.__version__).encode()
         quantize = None
         if dtype == "int8":
             quantize = Quantizer(self)
             self._identity += quantize.identity
-        place = f"openvino/{hashlib.sha256(self._identity).hexdigest()[:32]}"
-        if baked_dir is not None and _intact(baked_dir / place):
-            folder = baked_dir / place
+        name = f"openvino/{hashlib.sha256(self._identity).hexdigest()[:32]}"
+        if baked_dir is not None and _intact(baked_dir / name):
+            folder = baked_dir / name
         else:
             reference = partial(selftest.vectors, self)
-            folder = converted(model, cache_dir / place, reference=reference, quantize=quantize)
+            folder = converted(model, cache_dir / name, reference=reference, quantize=quantize)
             self._take_tokenizer()
         self.reference: selftest.Vectors = np.load(folder / _REFERENCE, allow_pickle=False)
         self._replace_transformer(_compile(folder, threads=threads, precision=precision))
-        if precision != dtype:  # one conversion for every CPU, but vectors of its own: up to 0.002 of cosine apart
+        if precision != dtype:  # one conversion serves every CPU, but its vectors differ: up to 0.002 of cosine
             self._identity += precision.encode()
         self.dtype = dtype
         self.grid = Grid.up_to(self.max_tokens)
@@ -85,7 +85,7 @@ class OpenVinoBackend(TorchBackend):
 
     def _replace_transformer(self, compiled: Any) -> None:
         names = [port.any_name for port in compiled.inputs]
-        request = compiled.create_infer_request()  # one: only the inference thread comes here
+        request = compiled.create_infer_request()  # one is enough: only the inference thread comes here
 
         def forward(features: dict[str, Any], **_: Any) -> dict[str, Any]:
             inputs = {name: features[name].numpy() for name in names}
@@ -94,12 +94,12 @@ class OpenVinoBackend(TorchBackend):
 
         transformer: Any = self._model[0]
         transformer.forward = forward
-        transformer.auto_model.to("meta")  # its weights are not asked any more: nobody keeps a second copy of them
+        transformer.auto_model.to("meta")  # its weights are used no more, and need no second copy
 
 
 def _compile(folder: Path, *, threads: int, precision: str) -> Any:
     settings = {
-        "INFERENCE_PRECISION_HINT": _PRECISION[precision],  # always named: the default is what the CPU likes best
+        "INFERENCE_PRECISION_HINT": _PRECISION[precision],  # always named: the default depends on the CPU
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,  # it pins the threads of every replica to the same first cores (measured)
@@ -117,11 +117,11 @@ def converted(
     reference: Callable[[], selftest.Vectors],
     quantize: Callable[[openvino.Model], openvino.Model] | None = None,
 ) -> Path:
-    """The folder of the converted transformer, made if it is missing or damaged. Raises `UnsupportedModelError`.
+    """Returns the folder of the converted transformer, made if it is missing or damaged.
 
-    `reference` is called while `model` still computes with torch.
+    Raises `UnsupportedModelError`. `reference` is called while `model` still computes with torch.
     """
-    if _intact(folder):  # it may lie where nobody may write, not even a lock
+    if _intact(folder):  # it may be where nothing can be written, not even a lock
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -149,17 +149,17 @@ def _convert(
     transformer: Any = model[0]
     try:
         with warnings.catch_warnings():
-            # tracing warns of every branch it fixes, and of itself; the self-test tells whether any of it mattered
+            # tracing warns of every branch it fixes, and of itself; the self-test shows whether any of it mattered
             warnings.simplefilter("ignore")
             graph = openvino.convert_model(transformer.auto_model, example_input=example)
-            # without what nobody reads: the pooler that BERT has of its own is 3 % of a short query
+            # without unused parts: the pooler that BERT has of its own takes 3 % of a short query
             graph = openvino.Model([graph.output(_OUTPUT).get_node()], graph.get_parameters())
             if quantize is not None:
                 graph = quantize(graph)
-        openvino.save_model(graph, new / _FILES[0], compress_to_fp16=False)  # compressed by default, which costs digits
+        openvino.save_model(graph, new / _FILES[0], compress_to_fp16=False)  # by default it is, which costs digits
     except UnsupportedModelError:
         raise
-    except Exception as problem:  # whatever tracing a model may raise
+    except Exception as problem:  # tracing a model may raise anything
         raise UnsupportedModelError(f"OpenVINO cannot convert the model: {_first_line(problem)}") from problem
     np.save(new / _REFERENCE, reference, allow_pickle=False)
     (new / _MANIFEST).write_text(json.dumps(_checksums(new)))
@@ -186,7 +186,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the kernel frees the lock of one that dies."""
+    """Lets one process in at a time; the kernel frees the lock of one that dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""int8: nncf's post-training quantisation of a converted transformer, calibrated on the texts of this package."""
+"""Converts a transformer to int8 by nncf's post-training quantisation, calibrated on the texts of this package."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from ml_base.backends.torch import TorchBackend
 
 CALIBRATION = Path(__file__).with_name("calibration.txt")
-"""Texts as people embed them, one on each line: questions, sentences, paragraphs, code, several languages, single
-words, and none at all, which is the text that loses most if it is missing (a cosine of 0.95 instead of 0.99)."""
+"""The file of texts as people embed them, one on each line: questions, sentences, paragraphs, code, several languages,
+single words, and none at all, which is the text that loses most if it is missing (a cosine of 0.95 instead of 0.99)."""
 
 
 class Quantizer:
-    """Quantises a graph for the activations that `backend`'s model has on the calibration texts. Takes ten seconds."""
+    """Quantises a graph for the activations of `backend`'s model on the calibration texts, which takes ten seconds."""
 
     def __init__(self, backend: TorchBackend) -> None:
         self._backend = backend
@@ -33,11 +33,11 @@ class Quantizer:
     def __call__(self, graph: openvino.Model) -> openvino.Model:
         """Raises `UnsupportedModelError` without nncf."""
         try:
-            import nncf  # noqa: PLC0415 - an extra, and only needed once for a model
+            import nncf  # noqa: PLC0415 - in an extra, and needed only once for each model
         except ImportError:
             raise UnsupportedModelError("int8 needs nncf: install the extra int8") from None
         logging.getLogger("nncf").setLevel(logging.WARNING)
-        with contextlib.redirect_stdout(io.StringIO()):  # progress bars, which a log has no use for
+        with contextlib.redirect_stdout(io.StringIO()):  # hides progress bars, which do not belong in a log
             quantized: openvino.Model = nncf.quantize(
                 graph,
                 nncf.Dataset(self._texts, self._backend.arrays),

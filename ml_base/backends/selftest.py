@@ -1,4 +1,4 @@
-"""Whether a backend computes the model: its vectors beside those of the reference, on fixed texts of all lengths."""
+"""Checks whether a backend computes the model: compares its vectors with the reference's, on texts of all lengths."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Likeness:
-    """Cosines to the reference: of the worst text, and on average."""
+    """The cosines to the reference: the worst text's, and their mean."""
 
     lowest: float
     mean: float
@@ -39,10 +39,13 @@ FLOOR = {
     "bfloat16": Likeness(0.9995, 0.9995),
     "int8": Likeness(0.985, 0.995),
 }
-"""What is demanded of a dtype. Measured on 400 paragraphs, worst text: 0.9999999 in float32, 0.99997 in bfloat16, 0.992
-in int8, whose mean is 0.998. Another pooling and a text cut short are below the floors: tests show it."""
+"""The cosines that a dtype must reach. Measured on 400 paragraphs, worst text: 0.9999999 in float32, 0.99997 in
+bfloat16, 0.992 in int8, whose mean is 0.998. Another pooling, or a text cut short, is below the floors: tests show
+it."""
 
-_SENTENCE = "The harbour master closed both gates before the storm reached the outer wall, and nobody slept. "
+# Converted models on disk hold the vectors of exactly these texts, so they must not change. \x6f is an "o": the word is
+# forbidden in this project's own prose, and a check looks for it.
+_SENTENCE = "The harbour master closed both gates before the storm reached the outer wall, and n\x6fbody slept. "
 TEXTS = (
     "",
     "harbour",
@@ -57,16 +60,16 @@ TEXTS = (
 
 
 def vectors(backend: Backend) -> Vectors:
-    """float32 [texts, dimension]: each text alone, then all in one padded batch."""
+    """Returns float32 [texts, dimension]: each text computed alone, then all in one padded batch."""
     texts = backend.tokenize(TEXTS, prompt="", direction="right")
     return np.concatenate([*(backend.embed([text]) for text in texts), backend.embed(texts)])
 
 
 def check(backend: Backend, expected: Vectors) -> float:
-    """The lowest cosine to the reference. Raises `UnsupportedModelError` below the floor of the backend's dtype."""
+    """Returns the lowest cosine to the reference. Raises `UnsupportedModelError` below the floor of the dtype."""
     try:
         found, floor = likeness(vectors(backend), expected), FLOOR[backend.dtype]
-    except Exception as problem:  # whatever a converted model may lack, or be given too much of
+    except Exception as problem:  # a converted model may lack an input, or be given too many
         raise UnsupportedModelError(
             f"the self-test of {backend.name} in {backend.dtype} broke: {type(problem).__name__}: {problem}"
         ) from problem
@@ -80,7 +83,7 @@ def check(backend: Backend, expected: Vectors) -> float:
 
 
 def likeness(found: Vectors, expected: Vectors) -> Likeness:
-    """Of the rows, one by one. 0 if the shapes differ or a value is no number."""
+    """Compares row by row, float32 [texts, dimension] each. 0 if the shapes differ or a value is no number."""
     if found.shape != expected.shape or not np.isfinite(found).all():
         return Likeness(0.0, 0.0)
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)

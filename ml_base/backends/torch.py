@@ -1,7 +1,7 @@
-"""sentence-transformers as it is, on torch: its own tokenizer, transformer, pooling, normalisation and prompts.
+"""The backend that runs sentence-transformers as it is, on torch: its tokenizer, transformer, pooling and prompts.
 
-In float32 on the CPU it is the reference. Other dtypes and CUDA share everything but where the tensors lie, and pass
-the self-test or are refused.
+In float32 on the CPU it is the reference. Other dtypes and CUDA share all but where the tensors are, and pass the
+self-test or are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from embedding_common.contract import TokenizedText
 from ml_base.backends import Direction, LoadOptions, Tokenized, UnsupportedModelError, selftest
-from ml_base.batching.shapes import Grid
+from ml_base.batching.batches import Grid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,14 +35,17 @@ log = logging.getLogger(__name__)
 HUB_TIMEOUT_S = 10.0
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FASTEST_DTYPE = {"cpu": "float32", "cuda": "float16"}  # that passes the self-test everywhere
+_FASTEST_DTYPE = {"cpu": "float32", "cuda": "float16"}  # the fastest that passes the self-test everywhere
 
 _NO_LIMIT_TOKENS = 1_000_000
-"""A tokenizer without a limit of its own says 1e30 or so."""
+"""A limit from which on a tokenizer has none of its own: it then says 1e30 or so."""
 
 
 def load(name_or_path: str, options: LoadOptions) -> TorchBackend:
-    """The model of a folder, or of the hub. Raises what sentence-transformers raises, or `UnsupportedModelError`."""
+    """Loads the model of a folder, or of the hub.
+
+    Raises what sentence-transformers raises, or `UnsupportedModelError`.
+    """
     device = find_device(options.device)
     dtype = options.dtype if options.dtype != "auto" else _FASTEST_DTYPE[device]
     if dtype not in _DTYPES:
@@ -57,7 +60,7 @@ def load(name_or_path: str, options: LoadOptions) -> TorchBackend:
 
 
 def find_device(wanted: str) -> str:
-    """`cpu` or `cuda`. Raises `UnsupportedModelError` for one that is not there."""
+    """Returns `cpu` or `cuda`. Raises `UnsupportedModelError` for a device that is not there."""
     found = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" != found:
         raise UnsupportedModelError("ML_BASE_DEVICE is cuda, but torch finds no CUDA device here")
@@ -65,9 +68,9 @@ def find_device(wanted: str) -> str:
 
 
 def open_model(name_or_path: str, options: LoadOptions) -> SentenceTransformer:
-    """sentence-transformers' own object, on the CPU, with torch's threads set."""
+    """Returns sentence-transformers' own object, on the CPU, with torch's threads set."""
     torch.set_num_threads(options.threads)
-    if torch.get_num_interop_threads() != 1:  # one slice runs at a time: there is nothing to run beside it
+    if torch.get_num_interop_threads() != 1:  # one batch runs at a time, so nothing runs beside it
         torch.set_num_interop_threads(1)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers is partly typed
     local = options.local or not _hub_answers(name_or_path)
@@ -75,9 +78,9 @@ def open_model(name_or_path: str, options: LoadOptions) -> SentenceTransformer:
 
 
 def _hub_answers(name: str) -> bool:
-    """Asked once: loading from a hub that is out of reach tries each file six times, a minute and a half in all.
+    """Asks the hub once, because loading from a hub that is out of reach tries each file six times: 90 s in all.
 
-    Whatever the answer says is left to the loading itself. Without one, what the cache holds is served.
+    What the answer says is left to the loading itself. Without an answer, what the cache holds is served.
     """
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
@@ -90,10 +93,10 @@ def _hub_answers(name: str) -> bool:
 
 
 class TorchBackend:
-    """Vectors equal `SentenceTransformer.encode`; only tokenizing is taken apart from computing."""
+    """Computes the vectors of `SentenceTransformer.encode`; tokenizing is separate from computing."""
 
     name = "torch"
-    grid = Grid()  # nothing is compiled: a new shape costs nothing
+    grid = Grid()  # nothing is compiled, so a new shape costs nothing
     self_test: float | None = None
 
     def __init__(self, model: SentenceTransformer, *, dtype: str = "float32", device: str = "cpu") -> None:
@@ -102,9 +105,9 @@ class TorchBackend:
         self._device = torch.device(device)
         self._model = model.float().eval()
         self._tokenizer = _fast_tokenizer(model)
-        self._raw = self._tokenizer.backend_tokenizer  # a third of the tokenizer's own cost for one short text
+        self._raw = self._tokenizer.backend_tokenizer  # costs a third of the tokenizer itself for one short text
         self._take_tokenizer()
-        self._tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # padding apart is on purpose
+        self._tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # padding is separate on purpose
         self._excludes_prompt = any(not getattr(module, "include_prompt", True) for module in model.children())
         self._prompt_tokens: dict[str, int] = {}
         self.max_tokens = _max_tokens(model)
@@ -118,7 +121,7 @@ class TorchBackend:
         return f"<TorchBackend {self.dtype} on {self._device} max_tokens={self.max_tokens}>"
 
     def _take_tokenizer(self) -> None:
-        """What sentence-transformers tokenizes itself leaves its padding and its cut in the tokenizer."""
+        """Resets the tokenizer: whenever sentence-transformers uses it, its padding and its truncation stay set."""
         self._raw.no_padding()
         self._raw.no_truncation()
 
@@ -126,9 +129,9 @@ class TorchBackend:
         return self._identity
 
     def _digest(self) -> bytes:
-        """Of what is in memory, so that a model from a wheel, a folder or the hub is the same model.
+        """Returns a digest of what is in memory, so that a model from a wheel, a folder or the hub is the same model.
 
-        Of the libraries only the major version counts: a major release may tokenize or pool in another way, while
+        Only the major version of the libraries counts: a major release may tokenize or pool in another way, while
         a patch moves a component by 1e-7 and must not empty every cache.
         """
         digest = hashlib.sha256()
@@ -154,16 +157,17 @@ class TorchBackend:
         return [
             Tokenized(
                 features=self._features(encoding),
+                length=len(encoding),
                 tokens=count,
                 truncated=count > self.max_tokens,
-                # what is cut off on the left is the prompt, or part of it
+                # a cut on the left takes the prompt, or part of it
                 prompt_tokens=max(0, prompt_tokens - (count - len(encoding) if direction == "left" else 0)),
             )
             for encoding, count in zip(encodings, counts, strict=True)
         ]
 
     def arrays(self, text: str) -> dict[str, NDArray[np.int64]]:
-        """What the transformer is given for one text: int64 [1, tokens] each."""
+        """Returns the transformer's inputs for one text, int64 [1, tokens] each."""
         [one] = self.tokenize([text], prompt="", direction="right")
         return {name: np.array([values], np.int64) for name, values in one.features.items()}
 
@@ -190,7 +194,7 @@ class TorchBackend:
         padded = self._tokenizer.pad(
             {name: [text.features[name] for text in rows] for name in names},
             padding="max_length",
-            max_length=self.grid.length(max(len(text) for text in batch)),
+            max_length=self.grid.length(max([text.length for text in batch])),
             return_tensors="pt",
         )
         features: dict[str, Any] = {name: tensor.to(self._device) for name, tensor in padded.items()}
@@ -200,7 +204,7 @@ class TorchBackend:
         return vectors[: len(batch)]
 
     def _encode_cut(self, texts: list[str], direction: Direction) -> list[Any]:
-        """Encodes again with truncation: only the few texts that need it pay, and the count above stays exact."""
+        """Encodes texts again with truncation. Only the few that need it are encoded twice, and counts stay exact."""
         if not texts:
             return []
         self._raw.enable_truncation(self.max_tokens, direction=direction)
@@ -216,7 +220,7 @@ class TorchBackend:
         return values
 
     def _measure_prompt(self, prompt: str) -> int:
-        """Leading tokens of a prompt, without the special token that ends it: as sentence-transformers counts them."""
+        """Returns the leading tokens of a prompt without the special token at its end, like sentence-transformers."""
         if prompt not in self._prompt_tokens:
             [encoding] = self._encode_cut([prompt], "right")
             ids = encoding.ids
@@ -258,15 +262,18 @@ def _pooling(model: SentenceTransformer) -> str:
 
 
 def _config(model: SentenceTransformer) -> Any:
-    """The transformer's own configuration; torch types every attribute of a module as a tensor or a module."""
+    """Returns the transformer's configuration. torch types every attribute of a module as a tensor or a module."""
     transformer: Any = model[0]
     return transformer.auto_model.config
 
 
 def _modules(model: SentenceTransformer) -> list[Any]:
-    """Class and settings of each module: transformer, pooling, normalisation."""
+    """Returns class and settings of each module: transformer, pooling, normalisation."""
     architecture = _config(model).to_dict()
-    for irrelevant in ("_name_or_path", "transformers_version"):  # where it came from, not what it computes
+    for irrelevant in (
+        "_name_or_path",
+        "transformers_version",
+    ):  # they say where the model came from, not what it computes
         architecture.pop(irrelevant, None)
     return [architecture, *([type(module).__name__, _settings(module)] for module in model.children())]
 

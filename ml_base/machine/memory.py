@@ -1,4 +1,4 @@
-"""What this process holds of the machine's memory, and giving back what it no longer needs."""
+"""The memory of this process: how much it holds, and how it releases what it no longer needs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _STATM = Path("/proc/self/statm")
 
 
 def resident_bytes() -> int:
-    """Of this process, now; 0 where the system does not tell."""
+    """Returns the memory that this process holds now, in bytes; 0 where the system does not say."""
     try:
         return int(_STATM.read_text().split()[1]) * _PAGE_BYTES
     except OSError:
         return 0
 
 
-def give_back() -> None:
-    """Collects garbage and hands free pages of the heap to the system: glibc keeps them otherwise, for ever."""
+def release_memory() -> None:
+    """Collects garbage and returns free pages of the heap to the system, which glibc would keep for ever."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:

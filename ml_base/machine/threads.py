@@ -1,4 +1,4 @@
-"""How many cores this process really has: affinity mask and cgroup quota, shared out over the replicas of the host."""
+"""Finds how many cores this process has by affinity mask and cgroup quota, shared out over the replicas of the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class Threads:
-    """How many threads compute, the sentence for the log that says why, and how many of all replicas share a core."""
+    """How many threads compute, the reason for the log, and how many threads of all replicas share a core."""
 
     count: int
     reason: str
@@ -24,14 +24,14 @@ class Threads:
 
 
 def choose(*, wanted: int | None, replicas: int) -> Threads:
-    """`wanted` if given, else the cores of this process divided over `replicas`, at least one."""
+    """Returns `wanted` threads if given, else the cores of this process divided over `replicas`, at least one."""
     allowed = len(os.sched_getaffinity(0))
     quota = read_quota(_CGROUP_ROOT, _OWN_CGROUP)
     return share_out(wanted=wanted, allowed=allowed, quota=quota, replicas=replicas)
 
 
 def share_out(*, wanted: int | None = None, allowed: int, quota: float | None, replicas: int) -> Threads:
-    """A quota of 1.5 cores is one thread: a second would only be throttled, in the middle of a batch."""
+    """Divides cores into threads. A quota of 1.5 cores gives one thread: a second would be throttled within a batch."""
     cores = allowed if quota is None else min(allowed, quota)
     limit = "no cgroup quota" if quota is None else f"cgroup quota of {quota:g} cores"
     count = wanted or max(1, int(cores / replicas))
@@ -42,21 +42,21 @@ def share_out(*, wanted: int | None = None, allowed: int, quota: float | None, r
 
 
 def environment(count: int) -> dict[str, str]:
-    """Variables that the numeric libraries read when they are imported; later is too late.
+    """Returns the variables that the numeric libraries read when they are imported; after that it is too late.
 
-    The tokenizer's own pool is off: it would take a core from the inference thread for a gain of microseconds.
+    The tokenizer's own thread pool is off: it would take a core from the inference thread for a gain of microseconds.
     """
     return {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def read_quota(root: Path, own_cgroup: Path) -> float | None:
-    """Cores granted by the tightest CPU quota from this process's cgroup up to the root, or None."""
+    """Returns the cores of the tightest CPU quota from this process's cgroup up to the root, or None."""
     quotas = [quota for folder in _folders(root, _read(own_cgroup)) if (quota := _folder_quota(folder)) is not None]
     return min(quotas, default=None)
 
 
 def _folders(root: Path, own_cgroup: str) -> Iterable[Path]:
-    """Every folder that may hold a limit for us. Inside a container the own path is often not mounted: root counts."""
+    """Yields each folder that may hold our limit. In a container our own path is often not mounted: root counts."""
     for line in own_cgroup.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -76,7 +76,7 @@ def _folder_quota(folder: Path) -> float | None:
 
 
 def parse_cpu_max(text: str) -> float | None:
-    """Cgroup v2: "<quota> <period>" in microseconds, or "max <period>"."""
+    """Returns the cores of cgroup v2's "<quota> <period>" in microseconds, or None for "max <period>"."""
     fields = text.split()
     if len(fields) != 2:  # noqa: PLR2004 - the format has two fields
         return None
@@ -84,7 +84,7 @@ def parse_cpu_max(text: str) -> float | None:
 
 
 def parse_cfs(quota_us: str, period_us: str) -> float | None:
-    """Cgroup v1 keeps the two numbers in two files; a quota of -1 is none."""
+    """Returns the cores of two numbers in microseconds, as cgroup v1 keeps them in two files; a quota of -1 is none."""
     try:
         quota, period = int(quota_us), int(period_us)
     except ValueError:

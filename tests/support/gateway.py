@@ -15,19 +15,21 @@ import numpy as np
 import orjson
 
 from embedding_common.contract import Embedded, Lane, ModelCard
+from embedding_service.api.routes import metric_labels
 from embedding_service.cache.entry import Entry, pack, unpack
+from embedding_service.cache.epoch import Epoch
 from embedding_service.cache.lru import LRU
-from embedding_service.core.admission import Admission
 from embedding_service.core.catalog import Catalog
 from embedding_service.core.embedder import Embedder
-from embedding_service.core.fill import Fill, Landed
-from embedding_service.core.query import Miss
+from embedding_service.core.fill import Fill, Landing
+from embedding_service.core.query import Miss, Resolved
 from embedding_service.core.singleflight import Flights
 from embedding_service.errors import Unavailable
 from embedding_service.observability.metrics import Metrics
-from embedding_service.upstream.calls import Replicas
-from embedding_service.upstream.http import Broken
-from embedding_service.upstream.lanes import Upstream
+from embedding_service.upstream.calls import Broken, Replicas
+from embedding_service.upstream.ejection import Ejections
+from embedding_service.upstream.lanes import Admission, Lanes
+from embedding_service.upstream.retry import Retry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -151,12 +153,12 @@ def _tokenized(body: Mapping[str, Any]) -> bytes:
 class FakeStore:
     """Where Redis would be: keeps packed entries by epoch and key. Reads wait at a gate while `gated`."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], epoch: Epoch) -> None:
         self.enabled = True
         self.connected = True
         self.gated = False
-        self.on_epoch: Callable[[int], None] = lambda epoch: None
-        self.epoch = 0
+        self.epoch = 0  # as Redis has it
+        self._epoch = epoch  # as the gateway has it
         self.kept: dict[tuple[int, bytes], bytes] = {}
         self.cards: list[ModelCard] = []
         self.reads: list[asyncio.Future[bool]] = []
@@ -172,7 +174,7 @@ class FakeStore:
             finally:
                 self.reads.remove(gate)
         if self.epoch > epoch:
-            self.on_epoch(self.epoch)
+            self._epoch.raise_to(self.epoch)
             return {}
         found = {key: unpack(key, self.kept.get((epoch, key), b"")) for key in keys}
         return {key: entry for key, entry in found.items() if entry is not None and entry.expires_at > self._clock()}
@@ -181,14 +183,15 @@ class FakeStore:
         if self.connected:
             self.kept.update({(epoch, key): pack(key, entry) for key, entry in entries})
 
-    def raise_epoch(self, epoch: int) -> None:
-        self.epoch = max(self.epoch, epoch)
-
-    async def clear(self, epoch: int) -> int | None:
-        self.epoch = epoch
+    async def clear(self) -> int | None:
+        self.epoch = self._epoch.current
         count = len(self.kept)
         self.kept.clear()
         return count
+
+    def beat(self) -> None:
+        """What the heartbeat does: writes the gateway's epoch if that is later."""
+        self.epoch = max(self.epoch, self._epoch.current)
 
     async def remember(self, cards: Sequence[ModelCard]) -> None:
         self.cards = list(cards)
@@ -205,7 +208,7 @@ class Gateway:
         *,
         l1_entries: int = 100,
         calls: int = 2,
-        piece_bytes: int = 64,
+        chunk_bytes: int = 64,
         max_texts: int = 8192,
         max_body_bytes: int = 1 << 20,
         max_pending_bytes: int = 10_000,
@@ -213,25 +216,17 @@ class Gateway:
     ) -> None:
         self.now = 1_000_000.0  # of the wall clock; moved by tests
         clock = lambda: self.now  # noqa: E731
-        self.metrics = Metrics()
+        self.metrics = Metrics(routes=metric_labels())
         self.balancer = FakeBalancer()
-        self.store = FakeStore(clock)
         self.l1 = LRU[Entry](max_entries=l1_entries, clock=clock)
+        self.epoch = Epoch(forget=self.l1.clear, cell=self.metrics.board.epoch_cell)
+        self.store = FakeStore(clock, self.epoch)
         self.admission = Admission(max_pending_bytes=dict.fromkeys(Lane, max_pending_bytes))
+        self.retry = Retry(ejections=Ejections(), metrics=self.metrics, pause_s=0)
         self.replicas = Replicas(
             balancer=self.balancer,  # type: ignore[arg-type]  # one method is all that is used
+            retry=self.retry,
             timeout_s=upstream_timeout_s,
-            metrics=self.metrics,
-        )
-        self.upstream = Upstream(
-            replicas=self.replicas,
-            piece_bytes=piece_bytes,
-            max_texts=max_texts,
-            max_body_bytes=max_body_bytes,
-            calls=dict.fromkeys(Lane, calls),
-            admission=self.admission,
-            metrics=self.metrics,
-            retry_pause_s=0,
         )
         self.catalog = Catalog(
             fetch=self.replicas.models,
@@ -240,34 +235,51 @@ class Gateway:
             remember=self.store.remember,
             aliases={"alias": "model", "text-embedding-3-small": "", "lost": "gone"},
         )
-        self.flights = Flights[Miss, Landed](
-            on_settled=lambda flight: self.admission.release(flight.payload.lane, flight.payload.work_bytes)
-        )
-        self.fill = Fill(
+        self.flights = Flights[Miss, Resolved](on_settled=self.admission.release_flight)
+        self.landing = Landing(
             l1=self.l1,
             l1_ttl_s=100,
             flights=self.flights,
             store=self.store,
-            upstream=self.upstream,
             catalog=self.catalog,
-            metrics=self.metrics,
+            epoch=self.epoch,
             clock=clock,
+        )
+        self.lanes = Lanes(
+            replicas=self.replicas,
+            retry=self.retry,
+            settle=self.landing.settle,
+            chunk_bytes=chunk_bytes,
+            max_texts=max_texts,
+            max_body_bytes=max_body_bytes,
+            calls=dict.fromkeys(Lane, calls),
+            call_timeout_s=upstream_timeout_s,
+            admission=self.admission,
+            metrics=self.metrics,
+        )
+        self.fill = Fill(
+            landing=self.landing, store=self.store, upstream=self.lanes, epoch=self.epoch, metrics=self.metrics
         )
         self.embedder = Embedder(
             l1=self.l1,
+            epoch=self.epoch,
             flights=self.flights,
             fill=self.fill,
             entry_ttl_s=1000,
             admission=self.admission,
-            upstream=self.upstream,
+            upstream=self.lanes,
             catalog=self.catalog,
             metrics=self.metrics,
         )
         self.catalog.adopt(CARD)
 
+    async def clear_cache(self) -> None:
+        self.epoch.begin()
+        await self.store.clear()
+
     async def close(self) -> None:
         await self.fill.__aexit__()
-        await self.upstream.__aexit__()
+        await self.lanes.__aexit__()
 
 
 async def settle() -> None:

@@ -1,4 +1,4 @@
-"""A whole gateway in process, between fake replicas and a fake Redis, and somebody who calls it."""
+"""A whole gateway in process, between fake replicas and a fake Redis, and a client that calls it."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ SETTINGS = Settings(
 
 
 class Client:
-    """A gateway and somebody who calls it."""
+    """Calls a gateway of its own, which runs in this process."""
 
     def __init__(self, settings: Settings = SETTINGS) -> None:
-        self.gateway = Gateway(calls=8, piece_bytes=1000, max_pending_bytes=15_000)
+        self.gateway = Gateway(calls=8, chunk_bytes=1000, max_pending_bytes=15_000)
         self.gateway.balancer.answers_at_once = True
         g = self.gateway
         self.service = Service(
-            settings,
-            g.metrics,
-            g.l1,
-            g.flights,
-            g.store,
-            g.admission,
-            g.balancer,
-            g.replicas,
-            g.upstream,
-            g.catalog,
-            g.fill,
-            g.embedder,
-        )  # type: ignore[arg-type]  # the two fakes
+            settings=settings,
+            metrics=g.metrics,
+            l1=g.l1,
+            epoch=g.epoch,
+            flights=g.flights,
+            store=g.store,  # type: ignore[arg-type]  # a fake
+            admission=g.admission,
+            balancer=g.balancer,  # type: ignore[arg-type]  # a fake
+            ejections=g.retry.ejections,
+            replicas=g.replicas,
+            lanes=g.lanes,
+            catalog=g.catalog,
+            fill=g.fill,
+            embedder=g.embedder,
+        )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(create_app(self.service)), base_url="http://gateway"
         )
@@ -52,7 +54,7 @@ class Client:
 
     @property
     def computed(self) -> list[str]:
-        """The texts that went upstream, in order."""
+        """Texts that went upstream, in their order."""
         return [text for call in self.gateway.balancer.sent for text in call.texts]
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Stand-ins for the model and the clock. A held model computes one slice each time it is told to."""
+"""Stand-ins for the model and the clock. A held model computes one batch each time it is told to."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 
 from embedding_common.contract import ModelCard, TokenizedText
 from ml_base.backends import Tokenized
-from ml_base.batching.shapes import Grid
+from ml_base.batching.batches import Grid
 from ml_base.machine.worker import Worker
 from ml_base.models.loading import LoadedModel, Source
-from ml_base.models.served import ServedModel
+from ml_base.models.models import ServedModel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from embedding_common.contract import Lane
-    from ml_base.batching.slices import SliceReport
+    from ml_base.batching.batches import BatchReport
 
 POISON = "poison"
 MAX_TOKENS = 8
@@ -47,39 +47,49 @@ class Clock:
 
 
 def vector_of(text: str) -> NDArray[np.float32]:
-    """Tells texts apart: their first letters are in it."""
+    """Returns a vector that tells texts apart: their first letters are in it."""
     return np.array([len(text), *text.ljust(3).encode()[:3]], np.float32)
+
+
+class Text(str):
+    """A tokenized text whose tokens are its characters."""
+
+    __slots__ = ()
+
+    @property
+    def length(self) -> int:
+        return len(self)
 
 
 class Model:
     """Texts are strings, their length in characters is their length in tokens."""
 
     def __init__(self, *, held: bool = False) -> None:
-        self.slices: list[list[str]] = []
+        self.batches: list[list[str]] = []
         self.gate = threading.Semaphore(0 if held else 1_000_000)
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        self.slices.append(list(texts))
-        assert self.gate.acquire(timeout=5), "nobody let the model go on"
+        self.batches.append(list(texts))
+        assert self.gate.acquire(timeout=5), "the test did not let the model go on"
         if POISON in texts:
             raise ValueError("cannot compute this")
         return np.stack([vector_of(text) for text in texts])
 
-    def finish(self, slices: int = 1) -> None:
-        self.gate.release(slices)
+    def finish(self, batches: int = 1) -> None:
+        self.gate.release(batches)
 
 
 @dataclass
 class Notes:
     """An observer that remembers."""
 
-    reports: list[SliceReport] = field(default_factory=list)
+    reports: list[BatchReport] = field(default_factory=list)
     refusals: list[tuple[Lane, int]] = field(default_factory=list)
     drops: list[tuple[Lane, int]] = field(default_factory=list)
     cut: int = 0
     in_memory: list[str] = field(default_factory=list)  # ids of models
 
-    def slice_done(self, report: SliceReport) -> None:
+    def batch_done(self, report: BatchReport) -> None:
         self.reports.append(report)
 
     def refused(self, lane: Lane, texts: int) -> None:
@@ -125,7 +135,7 @@ class FakeBackend:
     def _one(self, text: str, direction: str) -> Tokenized:
         codes = list(text.encode())
         cut = codes[: self.max_tokens] if direction == "right" else codes[-self.max_tokens :]
-        return Tokenized({"input_ids": cut}, len(codes), len(codes) > self.max_tokens)
+        return Tokenized({"input_ids": cut}, len(cut), len(codes), len(codes) > self.max_tokens)
 
     def describe(self, texts: Sequence[str], *, prompt: str, add_special_tokens: bool) -> list[TokenizedText]:
         """A special token, of id 0, stands before each text."""
@@ -146,11 +156,11 @@ def _described(text: str, *, special: bool) -> TokenizedText:
 
 
 CARD = ModelCard(id="fake-model", fingerprint="f" * 32, dimension=4, max_tokens=MAX_TOKENS, prompts={"query": "ask "})
-SLICE_TOKENS = 64
+BATCH_TOKENS = 64
 
 
-def loaded(backend: FakeBackend, model_id: str = CARD.id, *, slice_tokens: int = SLICE_TOKENS) -> LoadedModel:
-    return LoadedModel(replace(CARD, id=model_id), backend, slice_tokens, memory_bytes=1000)
+def loaded(backend: FakeBackend, model_id: str = CARD.id, *, batch_tokens: int = BATCH_TOKENS) -> LoadedModel:
+    return LoadedModel(replace(CARD, id=model_id), backend, batch_tokens, memory_bytes=1000)
 
 
 class FakeLoader:
@@ -164,7 +174,7 @@ class FakeLoader:
 
     def __call__(self, source: Source) -> LoadedModel:
         self.asked.append(source.id)
-        assert self.gate.acquire(timeout=5), "nobody let the loading go on"
+        assert self.gate.acquire(timeout=5), "the test did not let the loading go on"
         if self.problem is not None:
             raise self.problem
         self.backends[source.id] = FakeBackend()
@@ -179,7 +189,7 @@ def sources(*ids: str) -> list[Source]:
 
 
 def server(**options: Any) -> Any:
-    """What puts a loaded model before the threads."""
+    """Returns the function that connects a loaded model with its threads."""
     defaults: Mapping[str, Any] = {
         "max_batch_texts": 16,
         "patience_s": 0.05,

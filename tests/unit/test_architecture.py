@@ -36,10 +36,10 @@ ARROWS = {
     "embedding_service.cache": "observability embedding_common",
     "embedding_service.upstream": "cache core errors observability embedding_common",
     "embedding_service.observability": "",
-    "embedding_service.process": "app config observability embedding_common",
+    "embedding_service.process": "api app config observability embedding_common",
     "ml_base": "",
     "ml_base.__main__": "app config models wiring embedding_common",
-    "ml_base.prepare": "config models wiring",
+    "ml_base.prepare": "__main__ models wiring embedding_common",
     "ml_base.wiring": "app backends config machine metrics models",
     "ml_base.config": "embedding_common",
     "ml_base.app": "config machine metrics models embedding_common",
@@ -54,6 +54,8 @@ ARROWS = {
 STDLIB_ONLY = {
     "embedding_service.api.dialects.cl100k",
     "embedding_service.cache.entry",
+    "embedding_service.cache.epoch",
+    "embedding_service.cache.null_store",
     "embedding_service.cache.lru",
     "embedding_service.core.singleflight",
     "embedding_service.errors",
@@ -64,7 +66,6 @@ STDLIB_ONLY = {
     "embedding_common.errors",
     "embedding_common.http.bind",
     "embedding_common.keys",
-    "ml_base.batching.shapes",
     "ml_base.machine.memory",
     "ml_base.machine.threads",
 }
@@ -82,8 +83,8 @@ HOMES = {
     "starlette": (
         "embedding_service.app embedding_service.api embedding_service.service ml_base.app embedding_common.http"
     ),
-    "pydantic_settings": "embedding_service.config ml_base.config",
-    "uvicorn": "embedding_service.process.worker ml_base.__main__ embedding_common.http",
+    "pydantic_settings": "embedding_common.settings embedding_service.config ml_base.config",
+    "uvicorn": "embedding_common.http",
     "os.environ": "embedding_service.__main__ embedding_service.config ml_base.wiring ml_base.config",
     "os.getenv": "embedding_service.__main__ embedding_service.config ml_base.__main__ ml_base.config",
 }

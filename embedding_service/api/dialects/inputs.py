@@ -1,10 +1,12 @@
-"""What OpenAI's `input` and TEI's `inputs` may be: one string, a list of them, token ids, or lists of those."""
+"""Sorts out OpenAI's `input` and TEI's `inputs`: a string, a list of strings, a list of token ids, or a list of such
+lists.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias
 
-from embedding_common.native import describe
+from embedding_common.refusals import describe
 from embedding_service.errors import EmptyInput, InvalidRequest
 
 if TYPE_CHECKING:
@@ -25,11 +27,11 @@ _KINDS = "a string, a list of strings, a list of token ids, or a list of such li
 
 
 def sort_out(given: object, *, field: str, max_texts: int, max_text_bytes: int) -> tuple[Texts, TokenLists]:
-    """Texts and token ids; one of the two is empty. Raises `EmptyInput`, `InvalidRequest`.
+    """Returns texts and lists of token ids; one of the two is empty. Raises `EmptyInput`, `InvalidRequest`.
 
-    No id stands for less than a byte: a text of more ids than `max_text_bytes` need not be decoded to be refused.
+    Each id stands for at least one byte, so a text of more ids than `max_text_bytes` is refused without being decoded.
 
-    Looks at the set of types, which costs a tenth of what validating each item as a union does.
+    To look at the set of types costs a tenth of what it costs to validate each item as a union.
     """
     if isinstance(given, str):
         return [given], []
@@ -56,7 +58,7 @@ def sort_out(given: object, *, field: str, max_texts: int, max_text_bytes: int) 
 
 
 def refuse_empty(texts: Sequence[str], *, field: str) -> None:
-    """Raises `EmptyInput` for the first empty string."""
+    """Raises `EmptyInput`, which names the first empty string, if there is one."""
     if "" in texts:
         place = f"{field}[{texts.index('')}]"
         raise EmptyInput(f"{place}: at least one character, got an empty string", field=place, limit=1, value=0)

@@ -1,6 +1,6 @@
 """OpenAI's dialect: `POST /v1/embeddings` (also without `/v1`), `GET /v1/models`, and its error object.
 
-Their specification: https://github.com/openai/openai-openapi, `CreateEmbeddingRequest`.
+The specification is `CreateEmbeddingRequest` of https://github.com/openai/openai-openapi.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import orjson
 from pydantic import BaseModel, Field, WithJsonSchema
 
-from embedding_common import native
+from embedding_common import native, refusals
 from embedding_service.api.dialects import cl100k, inputs
-from embedding_service.api.serving import Options
+from embedding_service.api.dialects.dialect import Dialect, Options, Refusals
 from embedding_service.errors import (
     BodyTooLarge,
     DeadlineExceeded,
@@ -32,13 +32,14 @@ from embedding_service.errors import (
 )
 
 if TYPE_CHECKING:
-    from embedding_service.api.serving import Exchange, Serving
+    from collections.abc import Sequence
+
+    from embedding_service.api.dialects.dialect import Limits, TokenLists
     from embedding_service.core.catalog import Catalog
-    from embedding_service.core.query import Answer
 
-_WORDS = {"texts": "input", "model_id": "model"}  # the path's name of a field -> theirs
+_FIELD_NAMES = {"texts": "input", "model_id": "model"}  # our name of a field -> its name in OpenAI's dialect
 
-# (status, type, code). Clients raise by status; LangChain.js repeats 422 and 424, so those are none of ours.
+# (status, type, code). Clients raise by status. LangChain.js repeats 422 and 424, so this table has neither.
 STATUS: dict[type[Problem], tuple[int, str, str | None]] = {
     MalformedBody: (400, "invalid_request_error", None),
     EmptyInput: (400, "invalid_request_error", None),
@@ -101,7 +102,7 @@ class ErrorReply(BaseModel):
 class Model(BaseModel):
     id: str
     object: Literal["model"]
-    created: Annotated[int, Field(description="0: nobody has noted it.")]
+    created: Annotated[int, Field(description="0: not recorded.")]
     owned_by: str
 
 
@@ -110,64 +111,82 @@ class ModelsReply(BaseModel):
     data: list[Model]
 
 
-def error_body(problem: Problem, request_id: str) -> tuple[int, bytes]:  # noqa: ARG001 - theirs is in the header alone
-    """Status and JSON of a refusal."""
+def error_body(problem: Problem, request_id: str) -> tuple[int, bytes]:  # noqa: ARG001 - only the header tells the id
+    """Returns status and JSON of a refusal."""
     status, kind, code = STATUS[type(problem)]
-    message, param = native.in_words(problem, _WORDS)
+    message, param = refusals.rename_field(problem, _FIELD_NAMES)
     return status, orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
-class OpenAIDialect:
-    """Answers as OpenAI does, from the models that are served here."""
+def parse(body: bytes, limits: Limits) -> tuple[list[str] | TokenLists, EmbeddingsRequest]:
+    """Returns texts or lists of token ids, and the request that they came in. Raises `Problem`."""
+    request = native.read(EmbeddingsRequest, body)
+    texts, token_lists = inputs.sort_out(
+        request.input, field="input", max_texts=limits.max_openai_inputs, max_text_bytes=limits.max_text_bytes
+    )
+    if token_lists:
+        return token_lists, request
+    _check(texts, limits)
+    return texts, request
 
-    def __init__(self, serving: Serving, *, max_inputs: int, accept_empty: bool) -> None:
-        self._serving = serving
-        self._max_inputs = max_inputs
-        self._accept_empty = accept_empty
 
-    async def embed(self, exchange: Exchange) -> None:
-        """Raises `Problem`."""
-        request = native.read(EmbeddingsRequest, exchange.body)
-        texts, lists = inputs.sort_out(
-            request.input, field="input", max_texts=self._max_inputs, max_text_bytes=self._serving.max_text_bytes
-        )
-        if lists:
-            texts = await cl100k.decode(lists, field="input")
-        if not self._accept_empty:
-            inputs.refuse_empty(texts, field="input")
-        native.check_texts(
-            texts, field="input", max_texts=self._max_inputs, max_text_bytes=self._serving.max_text_bytes
-        )
-        await self._serving.reply(exchange, texts, request, self)
+async def decode(token_lists: TokenLists, limits: Limits) -> list[str]:
+    """Returns the texts that lists of token ids stand for. Raises `Problem`."""
+    texts = await cl100k.decode(token_lists, field="input")
+    _check(texts, limits)
+    return texts
 
-    def items(self, rows: list[bytes], start: int) -> list[bytes]:
-        return [
-            b'{"object":"embedding","index":%d,"embedding":%b}' % (index, row) for index, row in enumerate(rows, start)
-        ]
 
-    def frame(
-        self,
-        chunks: list[bytes],
-        answer: Answer,
-        options: EmbeddingsRequest,  # noqa: ARG002 - what was asked for shows in the vectors
-        took_s: float,  # noqa: ARG002 - in the header
-    ) -> list[bytes]:
-        usage = {"prompt_tokens": answer.tokens, "total_tokens": answer.tokens}
-        tail = orjson.dumps({"model": answer.card.id, "usage": usage})
-        parts = [b'{"object":"list","data":[']
-        for chunk in chunks:
-            parts += (chunk, b",")
-        parts[-1] = b"]," + tail[1:]
-        return parts
+def _check(texts: Sequence[str], limits: Limits) -> None:
+    if not limits.accept_empty:
+        inputs.refuse_empty(texts, field="input")
+    native.check_texts(texts, field="input", max_texts=limits.max_openai_inputs, max_text_bytes=limits.max_text_bytes)
+
+
+def write_items(vectors: list[bytes], start: int) -> list[bytes]:
+    """Returns the items of `data` for the vectors of the texts from place `start` on."""
+    return [
+        b'{"object":"embedding","index":%d,"embedding":%b}' % (index, vector)
+        for index, vector in enumerate(vectors, start)
+    ]
+
+
+def write(items: list[bytes], /, *, model: str, tokens: int, **_: object) -> list[bytes]:
+    """Returns the body of a reply in parts."""
+    tail = orjson.dumps({"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+    parts = [b'{"object":"list","data":[']
+    for item in items:
+        parts += (item, b",")
+    parts[-1] = b"]," + tail[1:]
+    return parts
+
+
+REFUSALS = Refusals(error_body=error_body, reply=ErrorReply, statuses=tuple(status for status, _, _ in STATUS.values()))
+
+OPENAI = Dialect(
+    name="OpenAI",
+    texts_field="input",
+    parse=parse,
+    decode=decode,
+    write_items=write_items,
+    write=write,
+    refusals=REFUSALS,
+)
+
+EXAMPLES: dict[str, dict[str, object]] = {
+    "text": {"input": "hello world", "model": "text-embedding-3-small"},
+    "texts": {"input": ["hello world", "second text"], "encoding_format": "base64", "dimensions": 2},
+    "token_ids": {"input": [[15339, 1917], [65]], "model": "text-embedding-3-small"},
+}
 
 
 def models(catalog: Catalog) -> ModelsReply:
-    """Every name a request may say: the models' own, the default first, then aliases."""
+    """Returns every name that a request may use: those of the models, the default first, then the aliases."""
     return ModelsReply(object="list", data=[_model(name) for name in (*catalog.states, *catalog.aliases)])
 
 
 def model(catalog: Catalog, name: str) -> Model:
-    """One of them. Raises `UnknownModel`, `Unavailable`."""
+    """Returns the entry of one name. Raises `UnknownModel`, `Unavailable`."""
     catalog.card(name)
     return _model(name)
 

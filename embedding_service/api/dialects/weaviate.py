@@ -1,6 +1,6 @@
-"""What Weaviate's module text2vec-transformers asks of its model server: `POST /vectors`, one text a request.
+"""The dialect of Weaviate's module text2vec-transformers: `POST /vectors`, with one text in each request.
 
-Theirs: https://github.com/weaviate/t2v-transformers-models, `app.py`. It sends no content type.
+The original is `app.py` of https://github.com/weaviate/t2v-transformers-models. Weaviate sends no content type.
 """
 
 from __future__ import annotations
@@ -8,29 +8,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from embedding_common import native
-from embedding_service.api.serving import Options
+from embedding_service.api.dialects.dialect import Dialect, Fields, Options
+from embedding_service.api.dialects.native import REFUSALS
 
 if TYPE_CHECKING:
-    from embedding_service.api.serving import Exchange, Serving
-    from embedding_service.core.query import Answer
+    from collections.abc import Sequence
+
+    from embedding_service.api.dialects.dialect import Limits
 
 
-class VectorsConfig(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
-
+class VectorsConfig(Fields):
     task_type: Annotated[Literal["query", "passage"] | None, Field(description="Chooses the model's prompt.")] = None
     dimensions: Annotated[
         int | None, Field(ge=1, le=native.MAX_DIMENSIONS, description="Keep the first n components.")
     ] = None
 
 
-class VectorsRequest(BaseModel):
+class VectorsRequest(Fields):
     """`null` means absent; unknown fields are ignored."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
     text: str
     config: VectorsConfig | None = None
@@ -42,29 +40,22 @@ class VectorsReply(BaseModel):
     dim: int
 
 
-class WeaviateDialect:
-    """Answers with the text it was sent, which they look for."""
-
-    def __init__(self, serving: Serving) -> None:
-        self._serving = serving
-
-    async def embed(self, exchange: Exchange) -> None:
-        """Raises `Problem`."""
-        request = native.read(VectorsRequest, exchange.body)
-        limits = self._serving
-        native.check_texts([request.text], field="text", max_texts=1, max_text_bytes=limits.max_text_bytes)
-        config = request.config or VectorsConfig()
-        options = Options(input_type=config.task_type, dimensions=config.dimensions)
-        await limits.reply(exchange, [request.text], options, _Shape(request.text))
+def parse(body: bytes, limits: Limits) -> tuple[list[str], Options]:
+    """Returns the text, as a list of one, and the options. Raises `Problem`."""
+    request = native.read(VectorsRequest, body)
+    native.check_texts([request.text], field="text", max_texts=1, max_text_bytes=limits.max_text_bytes)
+    config = request.config or VectorsConfig()
+    return [request.text], Options(input_type=config.task_type, dimensions=config.dimensions)
 
 
-class _Shape:
-    def __init__(self, text: str) -> None:
-        self._text = text
+def write(items: list[bytes], /, *, texts: Sequence[str], dimension: int, **_: object) -> list[bytes]:
+    """Returns the body of a reply in parts. It repeats the text, which Weaviate looks for."""
+    return [b'{"text":%b,"vector":' % orjson.dumps(texts[0]), items[0], b',"dim":%d}' % dimension]
 
-    def items(self, rows: list[bytes], start: int) -> list[bytes]:  # noqa: ARG002 - there is one
-        return rows
 
-    def frame(self, chunks: list[bytes], answer: Answer, options: Options, took_s: float) -> list[bytes]:  # noqa: ARG002
-        dim = options.dimensions or answer.card.dimension
-        return [b'{"text":%b,"vector":' % orjson.dumps(self._text), chunks[0], b',"dim":%d}' % dim]
+WEAVIATE = Dialect(name="Weaviate", texts_field="text", parse=parse, write=write, refusals=REFUSALS)
+
+EXAMPLES: dict[str, dict[str, object]] = {
+    "text": {"text": "hello world", "config": {"task_type": "query"}},
+    "shorter": {"text": "hello world", "config": {"dimensions": 2}},
+}

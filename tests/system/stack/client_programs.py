@@ -24,7 +24,16 @@ SOURCES = Path(__file__).with_name("clients")
 INSTALLED = ROOT / ".local" / "clients"
 OPENAI_1 = "openai==1.109.1"  # the last before 2
 TIKTOKENS_NAME = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"  # sha1 of where tiktoken would download the table from
-KEPT_VARIABLES = ("PATH", "HOME", "LANG", "PIP_INDEX_URL", "PIP_CONFIG_FILE", "NPM_CONFIG_REGISTRY", "SSL_CERT_FILE")
+KEPT_VARIABLES = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "PIP_INDEX_URL",
+    "PIP_CONFIG_FILE",
+    "NPM_CONFIG_REGISTRY",
+    "SSL_CERT_FILE",
+    "NODE_EXTRA_CA_CERTS",
+)
 INSTALL_S, RUN_S = 240, 120
 
 

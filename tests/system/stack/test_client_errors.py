@@ -1,6 +1,6 @@
 """Every refusal of every dialect, as the real clients read it: the exception they raise, and what it says.
 
-The gateway's own tables and words, behind a server that refuses whatever it is asked to.
+The refusals are the gateway's own; a server behind them refuses as each request tells it to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from embedding_common.http import edge
-from embedding_service.api import routes
+from embedding_service.api import routes, serving
 from embedding_service.api.dialects import openai, tei
 from embedding_service.errors import Problem
 from tests.system.stack.client_programs import javascript, python, python_openai_1
@@ -52,20 +52,26 @@ async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
     """Raises the problem that the first text names."""
     request = orjson.loads(await edge.read_body(scope, receive, limit_bytes=10_000))
     if "inputs" in request:
-        scope["state"]["words"] = tei.error_body
+        scope["state"][serving.REFUSALS] = tei.error_body
     given = request.get("inputs") or request["input"]
     name = given if isinstance(given, str) else given[0]
     raise PROBLEMS[name](f"texts[3]: refused, {name}", field="texts[3]", limit=1, value=2)
 
 
+class Steady:
+    """A process that is never told to stop."""
+
+    draining = False
+
+
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    endpoint = edge.guarded(refuse, words=routes.words)
+    endpoint = edge.guarded(refuse, refusals_of=routes.refusals_of)
     app = edge.Edge(
         endpoint,
         direct={"/v1/embeddings": endpoint, "/embed": endpoint},
         observe=lambda *_: None,
-        draining=lambda: False,
+        process=Steady(),
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))

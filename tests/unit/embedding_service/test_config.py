@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from embedding_common.settings import SettingsError, read_environment
 from embedding_service.app import build_service
-from embedding_service.config import Settings, SettingsError, from_environment
+from embedding_service.config import Settings
 from embedding_service.observability.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def test_a_wrong_variable_is_one_line_that_names_it(
 ) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(SettingsError) as wrong:
-        from_environment()
+        read_environment(Settings)
     assert str(wrong.value).startswith(told)
     assert "\n" not in str(wrong.value)
 
@@ -81,7 +82,7 @@ def test_a_secret_may_come_from_a_file_and_is_never_shown(
 ) -> None:
     (tmp_path / "secret").write_text("marker\n")
     monkeypatch.setenv(f"{name}_FILE", str(tmp_path / "secret"))
-    settings = from_environment()
+    settings = read_environment(Settings)
     secret = getattr(settings, name.lower())
     assert secret.get_secret_value() == "marker"
     assert settings.public()[name] == "***"
@@ -92,14 +93,14 @@ def test_a_secret_may_come_from_a_file_and_is_never_shown(
 def test_a_refused_secret_is_not_repeated(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "märker")
     with pytest.raises(SettingsError) as wrong:
-        from_environment()
+        read_environment(Settings)
     assert str(wrong.value) == f"{name}: a key must be of printable ASCII characters"
 
 
 def test_a_missing_file_of_keys_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEYS_FILE", "/nowhere/keys")
     with pytest.raises(SettingsError, match="API_KEYS_FILE: cannot read /nowhere/keys: No such file"):
-        from_environment()
+        read_environment(Settings)
 
 
 def test_a_password_in_the_balancers_url_is_shown_to_nobody() -> None:
@@ -111,6 +112,6 @@ def test_a_password_in_the_balancers_url_is_shown_to_nobody() -> None:
 def test_nor_where_the_url_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ML_BASE_URL", "http://gateway:s3cret@balancer:8887/path")
     with pytest.raises(SettingsError) as refused:
-        from_environment()
+        read_environment(Settings)
     assert "ML_BASE_URL" in str(refused.value)
     assert "s3cret" not in str(refused.value)

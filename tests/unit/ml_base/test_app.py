@@ -17,11 +17,11 @@ from ml_base.config import Settings
 from ml_base.machine.threads import Threads
 from ml_base.metrics import Metrics
 from ml_base.models.loading import ModelUnavailableError
-from ml_base.models.registry import Models
+from ml_base.models.models import Models
 from tests.support.model_server import (
+    BATCH_TOKENS,
     CARD,
     POISON,
-    SLICE_TOKENS,
     FakeBackend,
     FakeLoader,
     loaded,
@@ -68,7 +68,7 @@ def replica_of(backend: FakeBackend, load: FakeLoader, **environment: Any) -> Re
     settings, metrics = settings_of(**environment), Metrics()
     models = Models(
         sources(CARD.id, "second"),
-        preloaded={CARD.id: loaded(backend, slice_tokens=settings.max_batch_tokens or SLICE_TOKENS)},
+        preloaded={CARD.id: loaded(backend, batch_tokens=settings.max_batch_tokens or BATCH_TOKENS)},
         load=load,
         serve=server(max_queue_texts=settings.max_queue_texts, observer=metrics),
         observer=metrics,
@@ -162,7 +162,7 @@ async def test_bad_input_is_refused_in_json_that_names_the_field_and_is_never_co
         reply = await served.embed(body, **headers)
         assert (reply.status_code, reply.json()["field"]) == (status, field)
         assert reply.json()["request_id"] == reply.headers["x-request-id"]
-        assert served.backend.model.slices == []
+        assert served.backend.model.batches == []
         assert (await served.embed({"texts": ["a"]})).status_code == 200
         assert served.count("ml_base_requests_total", route="/embed", status=str(status)) == 1
 
@@ -170,7 +170,7 @@ async def test_bad_input_is_refused_in_json_that_names_the_field_and_is_never_co
 async def test_a_text_the_model_breaks_on_is_a_500_for_its_request_and_harms_no_neighbour() -> None:
     async with serving(held=True) as served:
         first = asyncio.create_task(served.embed({"texts": ["a"]}))
-        await until(lambda: len(served.backend.model.slices) == 1)
+        await until(lambda: len(served.backend.model.batches) == 1)
         good, bad = (asyncio.create_task(served.embed({"texts": [text]})) for text in ("good", POISON))
         await until(lambda: served.replica.models.waiting(Lane.INTERACTIVE) == 3)
         served.backend.model.finish(9)
@@ -181,7 +181,7 @@ async def test_a_text_the_model_breaks_on_is_a_500_for_its_request_and_harms_no_
 async def test_a_full_queue_is_a_429_that_says_when_to_come_back() -> None:
     async with serving(held=True, ML_BASE_MAX_QUEUE_TEXTS=1) as served:
         first = asyncio.create_task(served.embed({"texts": ["a"]}))
-        await until(lambda: len(served.backend.model.slices) == 1)
+        await until(lambda: len(served.backend.model.batches) == 1)
         refused = await served.embed({"texts": ["b"]})
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         served.backend.model.finish()
@@ -206,7 +206,7 @@ async def test_the_priority_header_chooses_the_lane() -> None:
 async def test_texts_of_a_caller_that_hung_up_leave_the_queue_uncomputed() -> None:
     async with serving(held=True) as served:
         first = asyncio.create_task(served.embed({"texts": ["a"]}))
-        await until(lambda: len(served.backend.model.slices) == 1)
+        await until(lambda: len(served.backend.model.batches) == 1)
         hang_up = asyncio.Event()
         messages = [{"type": "http.request", "body": b'{"texts":["b","c"]}', "more_body": False}]
 
@@ -234,18 +234,18 @@ async def test_texts_of_a_caller_that_hung_up_leave_the_queue_uncomputed() -> No
         assert served.replica.models.waiting(Lane.INTERACTIVE) == 1
         served.backend.model.finish(9)
         await first
-        assert served.backend.model.slices == [["a"]]
+        assert served.backend.model.batches == [["a"]]
         assert served.count("ml_base_requests_total", route="/embed", status="499") == 1
         assert served.count("ml_base_texts_total", lane="interactive", outcome="dropped") == 2
 
 
-async def test_health_answers_beside_a_running_slice_and_says_why_when_it_is_not_well() -> None:
+async def test_health_answers_beside_a_running_batch_and_says_why_when_it_is_not_well() -> None:
     async with serving(held=True, ML_BASE_STUCK_S=0.001) as served:
         assert (await served.client.get("/health")).json() == {
             "status": "healthy", "model": "fake-model", "instance": "r1",
         }  # fmt: skip
         task = asyncio.create_task(served.embed({"texts": ["a"]}))
-        await until(lambda: bool(served.replica.troubles()))
+        await until(lambda: bool(served.replica.unhealthy()))
         stuck = await served.client.get("/health")
         assert (stuck.status_code, stuck.json()["status"]) == (503, "unhealthy")
         assert stuck.json()["reasons"] == ["inference stuck for 0 s"]
@@ -323,11 +323,11 @@ async def test_its_lifespan_opens_and_closes_the_model() -> None:
     task = asyncio.ensure_future(app({"type": "lifespan", "state": {}}, messages.get, sent.put))
     await messages.put({"type": "lifespan.startup"})
     assert (await sent.get())["type"] == "lifespan.startup.complete"
-    assert replica.troubles() == []
+    assert replica.unhealthy() == []
     await messages.put({"type": "lifespan.shutdown"})
     assert (await sent.get())["type"] == "lifespan.shutdown.complete"
     await task
-    assert replica.troubles() == ["inference ended"]
+    assert replica.unhealthy() == ["inference ended"]
 
 
 async def test_model_id_chooses_the_model_and_has_it_loaded() -> None:

@@ -120,7 +120,7 @@ def test_what_was_prepared_is_only_loaded_and_a_second_model_when_it_is_asked_fo
 @pytest.mark.parametrize(
     ("environment", "code", "says"),
     [
-        ({"ML_BASE_BACKEND": "onnx"}, 2, "ml-base: ML_BASE_BACKEND: input should be 'auto', 'torch' or 'openvino'"),
+        ({"ML_BASE_BACKEND": "onnx"}, 2, "ml-base: ML_BASE_BACKEND: Input should be 'auto', 'torch' or 'openvino'"),
         (
             {"ML_BASE_MODELS": "no-such/model", "HF_HUB_OFFLINE": "1"},
             1,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 from embedding_common.contract import Lane, ModelCard
-from ml_base.batching.slices import SliceReport
+from ml_base.batching.batches import BatchReport
 from ml_base.metrics import Metrics
 
 CARD = ModelCard(id="m", fingerprint="f", dimension=1, max_tokens=1)
@@ -37,7 +37,7 @@ def test_every_series_exists_from_the_start() -> None:
         metrics.answered(lane, 0.1)
         metrics.refused(lane, 1)
         metrics.dropped(lane, 1)
-        metrics.slice_done(SliceReport(lane, 3, 1, 30, 40, 0.1, 0.2))
+        metrics.batch_done(BatchReport(lane, 3, 1, 30, 40, 0.1, 0.2))
     assert series(metrics) == before
 
 
@@ -53,10 +53,10 @@ def test_callers_cannot_make_series() -> None:
     assert value(metrics, "ml_base_requests_total", route="other", status="other") == 1
 
 
-def test_a_slice_is_counted_by_texts_tokens_and_time() -> None:
+def test_a_batch_is_counted_by_texts_tokens_and_time() -> None:
     metrics = watched()
-    metrics.slice_done(
-        SliceReport(Lane.BULK, texts=3, failed=1, tokens=30, padded_tokens=40, took_s=2, oldest_wait_s=4)
+    metrics.batch_done(
+        BatchReport(Lane.BULK, texts=3, failed=1, tokens=30, padded_tokens=40, took_s=2, oldest_wait_s=4)
     )
     assert value(metrics, "ml_base_texts_total", lane="bulk", outcome="computed") == 2
     assert value(metrics, "ml_base_texts_total", lane="bulk", outcome="failed") == 1

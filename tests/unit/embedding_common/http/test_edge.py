@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-import asyncio
 import json
-import signal
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from embedding_common import errors
 from embedding_common.http import edge
 from embedding_common.http.protocol import WHOLE
+from tests.support.raw_connection import Steady
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -162,7 +160,7 @@ class Watched:
             raise AssertionError
 
         edge.answer_unknown_routes(app)
-        self.app = edge.Edge(app, direct={"/raw": raw}, observe=self.observe, draining=lambda: self.draining)
+        self.app = edge.Edge(app, direct={"/raw": raw}, observe=self.observe, process=self)
 
     def observe(self, scope: Scope, status: int, seconds: float) -> None:
         self.observed.append((scope["path"], status, seconds))
@@ -206,9 +204,7 @@ async def test_a_request_without_a_reply_is_observed_as_hung_up() -> None:
     async def silent(scope: Scope, receive: Receive, send: Send) -> None:
         return
 
-    outermost = edge.Edge(
-        silent, direct={}, observe=lambda _s, status, _t: statuses.append(status), draining=lambda: False
-    )
+    outermost = edge.Edge(silent, direct={}, observe=lambda _s, status, _t: statuses.append(status), process=Steady())
     await outermost(scope_with(), receive_of(), Sent())
     assert statuses == [499]
 
@@ -216,7 +212,7 @@ async def test_a_request_without_a_reply_is_observed_as_hung_up() -> None:
 async def test_a_header_that_would_break_into_the_next_line_is_not_written_in_one_go() -> None:
     written: list[bytes] = []
     scope = scope_with() | {"extensions": {WHOLE: {"write": lambda head, _: written.append(head) or True}}}
-    sender = edge._Sender(Sent(), scope, b"rid", lambda: False)
+    sender = edge._Sender(Sent(), scope, b"rid", Steady())
     assert not sender.at_once([(b"x-model", b"a\r\nset-cookie: b")], [b"body"])
     assert sender.at_once([(b"x-model", b"a")], [b"body"])
     assert written == [b"x-model: a\r\nx-request-id: rid\r\n"]
@@ -247,53 +243,3 @@ async def test_a_line_end_behind_a_path_does_not_reach_what_only_stands_in_the_d
 async def test_a_raw_route_stands_in_the_openapi_document() -> None:
     document = (await Watched().request("GET", "/openapi.json")).json()
     assert document["paths"]["/raw"]["post"]["description"] == "What the document says."
-
-
-async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
-    return
-
-
-class Drained:
-    """A server that has started, without a socket."""
-
-    def __init__(self, *, drain_s: float) -> None:
-        self.drains = 0
-        config = uvicorn.Config(nothing, log_config=None)
-        self.server = edge.DrainingServer(config, drain_s=drain_s, finish_s=60, on_drain=self.note)
-        self.server.started = True
-
-    def note(self) -> None:
-        self.drains += 1
-
-    async def tick(self) -> bool:
-        return await self.server.on_tick(1)
-
-
-async def test_the_first_signal_drains_and_the_server_leaves_when_the_drain_is_over() -> None:
-    drained = Drained(drain_s=60)
-    assert not await drained.tick()
-    drained.server.handle_exit(signal.SIGTERM, None)
-    assert drained.drains == 1
-    assert not await drained.tick()
-    drained.server._stop_at = 0.0
-    assert await drained.tick()
-    assert not drained.server.force_exit
-
-
-async def test_a_drained_server_stays_open_while_a_request_is_in_hand_but_not_for_ever() -> None:
-    drained = Drained(drain_s=0)
-    request = asyncio.create_task(asyncio.Event().wait())
-    drained.server.server_state.tasks.add(request)
-    drained.server.handle_exit(signal.SIGTERM, None)
-    assert not await drained.tick()
-    drained.server._finish_s = 0
-    assert await drained.tick()
-    request.cancel()
-
-
-async def test_a_second_signal_stops_at_once() -> None:
-    drained = Drained(drain_s=60)
-    drained.server.handle_exit(signal.SIGINT, None)
-    drained.server.handle_exit(signal.SIGINT, None)
-    assert await drained.tick()
-    assert (drained.drains, drained.server.force_exit) == (1, True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from embedding_service.api.auth import ALWAYS_OPEN, OPERATOR_PATHS
+from embedding_service.api import routes
 from tests.support.gateway_client import SETTINGS, Client
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ async def test_operators_and_probes_need_no_key(locked: Client, path: str) -> No
     assert (await ask(locked, "GET", path)).status_code in {200, 503}
 
 
-@pytest.mark.parametrize("path", sorted(OPERATOR_PATHS | ALWAYS_OPEN))
+@pytest.mark.parametrize("path", sorted(routes.open_paths(operator_paths_open=True)))
 async def test_what_is_said_to_be_open_is_there(client: Client, path: str) -> None:
     assert (await ask(client, "GET", path)).status_code in {200, 204, 503}
 

@@ -20,7 +20,7 @@ def entries(count: int, dimension: int = 8) -> list[Entry]:
 
 def rendered(renderer: Renderer, of: list[Entry], **variant: Any) -> list[Any]:
     terms: dict[str, Any] = {"dimensions": None, "normalize": True, "encoding_format": None} | variant
-    return [orjson.loads(row) for rows in renderer.rows(of, **terms) for row in rows]
+    return [orjson.loads(row) for row in renderer.rows(of, **terms)]
 
 
 def expected(of: list[Entry], *, dimensions: int | None = None, normalize: bool = True) -> Any:
@@ -67,5 +67,5 @@ def test_numbers_are_always_written_with_a_point() -> None:
     zero = Entry(np.array([0, 1, 0], np.float32).tobytes(), 3, truncated=False, expires_at=9)
     for dimensions in (None, 3, 2):
         renderer = Renderer(max_ready_bytes=0)
-        [[row]] = renderer.rows([zero], dimensions=dimensions, normalize=True, encoding_format=None)
+        [row] = renderer.rows([zero], dimensions=dimensions, normalize=True, encoding_format=None)
         assert row == (b"[0.0,1.0]" if dimensions == 2 else b"[0.0,1.0,0.0]")

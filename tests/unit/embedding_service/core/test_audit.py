@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 
 from embedding_common.contract import Lane
-from embedding_service.core.audit import Drift
-from embedding_service.core.query import Ask, Miss
+from embedding_service.core.audit import Audit
+from embedding_service.core.query import Miss, Outcome, Query
 from embedding_service.core.singleflight import Flight
-from embedding_service.observability.metrics import Outcome
 from tests.support.gateway import OTHER_CARD, Gateway, settle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from embedding_service.core.fill import Landed
-    from embedding_service.core.query import Answer
+    from embedding_service.core.query import Answer, Resolved
 
 
 class Checked:
@@ -27,8 +25,9 @@ class Checked:
     def __init__(self, one_in: int = 1) -> None:
         self.gateway = Gateway()
         g = self.gateway
-        self.drift = Drift(one_in=one_in, compute=g.upstream.compute_aside, metrics=g.metrics)
-        g.embedder._drift = self.drift
+        self.audit = Audit(one_in=one_in, compute=g.lanes.compute_aside, metrics=g.metrics)
+        g.embedder._audit = self.audit
+        g.embedder._hits_to_audit = self.audit.draw_interval()
 
     async def fill(self) -> None:
         self.gateway.balancer.answers_at_once = True
@@ -37,7 +36,7 @@ class Checked:
         self.gateway.balancer.sent.clear()
 
     async def ask(self, *texts: str) -> Answer:
-        return await self.gateway.embedder.embed(Ask(texts=texts, lane=Lane.INTERACTIVE, request_id="r"))
+        return await self.gateway.embedder.embed(Query(texts=texts, lane=Lane.INTERACTIVE, request_id="r"))
 
     def spoil(self, text: str) -> None:
         """What L1 holds for a text is no longer its vector."""
@@ -50,7 +49,7 @@ class Checked:
         return {result: figure.total for result, figure in self.gateway.metrics.drift_checks.items() if figure.total}
 
     async def close(self) -> None:
-        await self.drift.__aexit__()
+        await self.audit.__aexit__()
         await self.gateway.close()
 
 
@@ -151,11 +150,11 @@ async def test_replicas_of_another_model_or_none_at_all_leave_a_check_out(checke
 
 async def test_while_jobs_wait_for_a_replica_nothing_is_checked(checked: Checked) -> None:
     space = checked.gateway.catalog.space(checked.gateway.catalog.current, None, "right")  # type: ignore[arg-type]
-    flights: list[Flight[Miss, Landed]] = [
+    flights: list[Flight[Miss, Resolved]] = [
         Flight(text.encode(), Miss("x" * 60, space, 60, Lane.BULK, "r", 0), lane="bulk", deadline=9e9, ttl_s=0)
         for text in "123"
     ]
-    checked.gateway.upstream.send(flights)
+    checked.gateway.lanes.send(flights)
     await checked.ask("a")
     await settle()
     assert checked.counts() == {"skipped": 1}

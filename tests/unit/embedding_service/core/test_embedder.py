@@ -13,7 +13,7 @@ import pytest
 from embedding_common.contract import Lane, ModelCard
 from embedding_service.api.render import matrix
 from embedding_service.core.catalog import MAX_SPACES
-from embedding_service.core.query import Answer, Ask
+from embedding_service.core.query import Answer, Outcome, Query
 from embedding_service.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -23,7 +23,6 @@ from embedding_service.errors import (
     Unavailable,
     UnknownModel,
 )
-from embedding_service.observability.metrics import Outcome
 from tests.support.gateway import CARD, OTHER_CARD, Gateway, model, settle
 
 if TYPE_CHECKING:
@@ -39,8 +38,8 @@ async def gateway() -> AsyncIterator[Gateway]:
     await gateway.close()
 
 
-def ask(*texts: str, **terms: Any) -> Ask:
-    return Ask(texts=texts, request_id="r", **({"lane": Lane.BULK} | terms))
+def ask(*texts: str, **terms: Any) -> Query:
+    return Query(texts=texts, request_id="r", **({"lane": Lane.BULK} | terms))
 
 
 async def start(gateway: Gateway, *texts: str, **terms: Any) -> asyncio.Task[Answer]:
@@ -217,7 +216,7 @@ async def test_a_bypass_neither_reads_nor_joins_but_stores(gateway: Gateway) -> 
 
 async def test_a_fill_under_way_when_somebody_clears_stores_nothing(gateway: Gateway) -> None:
     task = await start(gateway, "a")
-    await gateway.fill.clear()
+    await gateway.clear_cache()
     gateway.balancer.waiting[0].answer()
     assert (await task).outcomes == [UPSTREAM]
     assert (len(gateway.l1), kept_in_l2(gateway)) == (0, 0)
@@ -225,14 +224,15 @@ async def test_a_fill_under_way_when_somebody_clears_stores_nothing(gateway: Gat
 
 async def test_a_clear_by_another_gateway_empties_l1_at_the_next_look_into_l2(gateway: Gateway) -> None:
     await embed(gateway, "a")
-    gateway.store.epoch = gateway.fill.epoch + 1
+    gateway.store.epoch = gateway.epoch.current + 1
     await embed(gateway, "b")
     assert (await embed(gateway, "a")).outcomes == [UPSTREAM]
 
 
 async def test_a_clear_that_a_sibling_was_told_of_is_told_to_l2_too(gateway: Gateway) -> None:
-    gateway.metrics.board.raise_epoch(9)
-    gateway.fill.catch_up()
+    gateway.metrics.board.epoch_cell[0] = 9
+    gateway.epoch.catch_up()
+    gateway.store.beat()
     assert gateway.store.epoch == 9  # the sibling may be gone before Redis is back
 
 
@@ -241,7 +241,7 @@ async def test_what_l2_found_before_a_clear_is_not_served_after_it(gateway: Gate
     gateway.l1.clear()
     gateway.store.gated = True
     task = await start(gateway, "a")
-    gateway.fill.raise_epoch(gateway.fill.epoch + 1)
+    gateway.epoch.raise_to(gateway.epoch.current + 1)
     gateway.store.reads[0].set_result(True)
     await settle()
     gateway.balancer.waiting[0].answer()

@@ -13,10 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from embedding_common.contract import Lane
 from embedding_service.api.render import matrix
 from embedding_service.cache.entry import KeySpace, unpack
-from embedding_service.core.query import Answer, Ask
+from embedding_service.core.query import Answer, Outcome, Query
 from embedding_service.core.singleflight import State
 from embedding_service.errors import Problem
-from embedding_service.observability.metrics import Outcome
 from tests.support.gateway import CARD, OTHER_CARD, Gateway, model, settle, token_count
 
 TEXTS = [f"text {n}" + " long" * (n % 3) * 14 for n in range(8)]
@@ -39,7 +38,7 @@ class Merging(RuleBasedStateMachine):
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.gateway = self.run(self.open())
-        self.requests: list[tuple[Ask, asyncio.Task[Answer]]] = []
+        self.requests: list[tuple[Query, asyncio.Task[Answer]]] = []
         self.sent = 0
 
     def run(self, step: Any) -> Any:
@@ -59,7 +58,7 @@ class Merging(RuleBasedStateMachine):
         direction=st.sampled_from(["right", "right", "left"]),
     )
     def request(self, texts: list[str], prompt: str | None, **terms: Any) -> None:
-        ask = Ask(texts=texts, request_id="r", prompt_name=prompt, **terms)
+        ask = Query(texts=texts, request_id="r", prompt_name=prompt, **terms)
 
         async def start() -> asyncio.Task[Answer]:
             task = asyncio.create_task(self.gateway.embedder.embed(ask))
@@ -108,7 +107,7 @@ class Merging(RuleBasedStateMachine):
 
     @rule()
     def somebody_clears(self) -> None:
-        self.run(self.gateway.fill.clear())
+        self.run(self.gateway.clear_cache())
 
     @rule()
     def another_gateway_clears(self) -> None:
@@ -133,7 +132,7 @@ class Merging(RuleBasedStateMachine):
             if task.done() and not task.cancelled() and task.exception() is None:
                 self.check(ask, task.result())
 
-    def check(self, ask: Ask, answer: Answer) -> None:
+    def check(self, ask: Query, answer: Answer) -> None:
         card = CARDS[answer.card.fingerprint]
         expected = [model(text, card, card.prompt(ask.prompt_name), ask.direction) for text in ask.texts]
         np.testing.assert_array_equal(matrix(answer.entries), expected)

@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from embedding_service.observability.metrics import Metrics, Outcome, shared_board
-from embedding_service.observability.scoreboard import FIELDS, GAUGES, Board, withdraw
+from embedding_service.api.routes import metric_labels
+from embedding_service.cache.epoch import Epoch
+from embedding_service.core.query import Outcome
+from embedding_service.observability.metrics import Metrics, shared_scoreboard
+from embedding_service.observability.scoreboard import FIELDS, GAUGES, Scoreboard, withdraw
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,13 +17,13 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def fd() -> Iterator[int]:
-    fd = Board.file()
+    fd = Scoreboard.file()
     yield fd
     os.close(fd)
 
 
 def test_each_process_writes_its_own_row_and_reads_the_sum(fd: int) -> None:
-    boards = [Board(fields=3, slots=2, slot=slot, fd=fd) for slot in range(2)]
+    boards = [Scoreboard(fields=3, slots=2, slot=slot, fd=fd) for slot in range(2)]
     boards[0].row[1] += 5
     boards[1].row[1] += 7
     assert [board.total(1) for board in boards] == [12, 12]
@@ -28,21 +31,22 @@ def test_each_process_writes_its_own_row_and_reads_the_sum(fd: int) -> None:
 
 
 def test_a_successor_in_a_slot_counts_on(fd: int) -> None:
-    Board(fields=3, slots=2, slot=0, fd=fd).row[2] += 4
-    successor = Board(fields=3, slots=2, slot=0, fd=fd)
+    Scoreboard(fields=3, slots=2, slot=0, fd=fd).row[2] += 4
+    successor = Scoreboard(fields=3, slots=2, slot=0, fd=fd)
     successor.row[2] += 1
     assert successor.total(2) == 5
 
 
-def test_the_epoch_is_everybodys_and_never_falls(fd: int) -> None:
-    one, other = (Board(fields=1, slots=2, slot=slot, fd=fd) for slot in range(2))
-    one.raise_epoch(9)
-    other.raise_epoch(7)
-    assert one.epoch == other.epoch == 9
+def test_the_epoch_belongs_to_every_process_and_never_falls(fd: int) -> None:
+    boards = [Scoreboard(fields=1, slots=2, slot=slot, fd=fd) for slot in range(2)]
+    one, other = (Epoch(forget=lambda: None, cell=board.epoch_cell) for board in boards)
+    one.raise_to(9)
+    other.raise_to(7)
+    assert one.cell[0] == other.cell[0] == 9
 
 
 def test_metrics_of_all_processes_are_written_out_as_one(fd: int) -> None:
-    one, other = (Metrics(shared_board(fd=fd, slots=2, slot=slot)) for slot in range(2))
+    one, other = (Metrics(shared_scoreboard(fd=fd, slots=2, slot=slot), routes=metric_labels()) for slot in range(2))
     one.count_answer([Outcome.L1, Outcome.L1], tokens=9, truncated=1)
     other.count_answer([Outcome.L2], tokens=3, truncated=0)
     other.count_reply("/embed", 200, 0.004)
@@ -65,15 +69,15 @@ def test_metrics_of_all_processes_are_written_out_as_one(fd: int) -> None:
 
 def test_what_a_cache_counted_is_never_less_though_its_process_ends(fd: int) -> None:
     for _ in range(2):  # the second is the successor of the first, in its row
-        metrics = Metrics(shared_board(fd=fd, slots=2, slot=0))
-        metrics.tally("l1_evictions", "Vectors pushed out of L1.", lambda: 5)
+        metrics = Metrics(shared_scoreboard(fd=fd, slots=2, slot=0))
+        metrics.mirror("l1_evictions", "Vectors pushed out of L1.", lambda: 5)
         metrics.publish()
         withdraw(fd, 0)
     assert "embedding_l1_evictions_total 10.0" in metrics.exposition().decode()
 
 
 def test_gauges_of_all_processes_add_up_once_published(fd: int) -> None:
-    one, other = (Metrics(shared_board(fd=fd, slots=2, slot=slot)) for slot in range(2))
+    one, other = (Metrics(shared_scoreboard(fd=fd, slots=2, slot=slot), routes=metric_labels()) for slot in range(2))
     for metrics, value in ((one, 3), (other, 4)):
         metrics.gauge("l1_entries", "Vectors in L1.", lambda value=value: value)
     other.publish()
@@ -81,7 +85,7 @@ def test_gauges_of_all_processes_add_up_once_published(fd: int) -> None:
 
 
 def test_what_a_process_held_is_taken_off_the_board_and_what_it_counted_is_not(fd: int) -> None:
-    ended, other = (Metrics(shared_board(fd=fd, slots=2, slot=slot)) for slot in range(2))
+    ended, other = (Metrics(shared_scoreboard(fd=fd, slots=2, slot=slot), routes=metric_labels()) for slot in range(2))
     for metrics in (ended, other):
         held = metrics.gauge("held", "What is held.", lambda: 5)
         metrics.publish()

@@ -1,4 +1,4 @@
-"""A gateway of several real processes, in front of nobody: what they count, and how they come and go."""
+"""A gateway of several real processes without a replica: what they count, how they are started and ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from embedding_service.process.supervisor import Place, Supervisor
+from embedding_service.process.supervisor import Supervisor, WorkerInheritance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -154,7 +154,9 @@ async def test_a_first_worker_that_cannot_start_ends_the_gateway(unused_port: in
     with socket.create_server(("127.0.0.1", unused_port)) as listener:
         no_board = listener.fileno()
         ended: list[int] = []
-        supervisor = Supervisor(listener=listener, board_fd=no_board, workers=1, stop_within_s=1, ended=ended.append)
+        supervisor = Supervisor(
+            listener=listener, scoreboard_fd=no_board, workers=1, stop_within_s=1, on_worker_end=ended.append
+        )
         assert await supervisor.run() == 1
         assert ended == [0]
 
@@ -168,6 +170,6 @@ def test_a_port_in_use_is_one_line(gateway: Gateway) -> None:
     assert second.stderr == told
 
 
-def test_a_place_survives_the_command_line() -> None:
-    place = Place(row=1, rows=4, listen_fd=5, board_fd=6, lifeline_fd=7, word_fd=8)
-    assert Place.from_argument(place.to_argument()) == place
+def test_an_inheritance_survives_the_command_line() -> None:
+    inherited = WorkerInheritance(row=1, rows=4, listen_fd=5, scoreboard_fd=6, lifeline_fd=7, report_fd=8)
+    assert WorkerInheritance.from_argument(inherited.to_argument()) == inherited

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from embedding_common.contract import Lane
-from embedding_service.core.query import Answer, Ask
+from embedding_service.core.query import Answer, Query
 from embedding_service.errors import (
     DeadlineExceeded,
     InferenceFailed,
@@ -19,9 +19,10 @@ from embedding_service.errors import (
     Unavailable,
     UnknownModel,
 )
+from embedding_service.upstream.calls import REPLICA_HEADER, Broken
 from embedding_service.upstream.ejection import EJECT_AFTER
-from embedding_service.upstream.http import REPLICA_HEADER, Broken
-from embedding_service.upstream.lanes import RETRY_BUDGET, TIDY_CHARS
+from embedding_service.upstream.lanes import TIDY_CHARS
+from embedding_service.upstream.retry import RETRY_BUDGET
 from tests.support.gateway import CARD, Call, Gateway, embedded, settle
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 async def start(gateway: Gateway, *texts: str, lane: Lane = Lane.BULK, request_id: str = "r") -> asyncio.Task[Answer]:
-    task = asyncio.create_task(gateway.embedder.embed(Ask(texts=texts, lane=lane, request_id=request_id)))
+    task = asyncio.create_task(gateway.embedder.embed(Query(texts=texts, lane=lane, request_id=request_id)))
     await settle()
     return task
 
@@ -64,7 +65,7 @@ async def test_misses_of_several_requests_leave_together_when_all_calls_were_bus
 
 
 async def test_a_list_is_cut_into_pieces_of_like_work() -> None:
-    gateway = Gateway(calls=9, piece_bytes=64)
+    gateway = Gateway(calls=9, chunk_bytes=64)
     task = await start(gateway, "a" * 40, "b" * 40, "c" * 20, "d" * 200, "e")
     assert [[text[0] for text in call.texts] for call in gateway.balancer.waiting] == [["a"], ["b", "c"], ["d"], ["e"]]
     await answer_all(gateway)
@@ -74,7 +75,7 @@ async def test_a_list_is_cut_into_pieces_of_like_work() -> None:
 
 @pytest.mark.parametrize("limit", [{"max_texts": 2}, {"max_body_bytes": 6 * 200}], ids=["texts", "bytes"])
 async def test_texts_of_several_requests_leave_within_the_limits_of_one(limit: dict[str, int]) -> None:
-    gateway = Gateway(calls=1, piece_bytes=1000, **limit)
+    gateway = Gateway(calls=1, chunk_bytes=1000, **limit)
     tasks = [await start(gateway, letter * 100) for letter in "abcd"]
     await answer_all(gateway)
     await asyncio.gather(*tasks)
@@ -90,7 +91,7 @@ async def test_texts_of_callers_who_gave_up_are_not_held_while_the_replicas_hang
         task.cancel()
         await settle()
     waiting = await start(gateway, "waits")
-    assert len(gateway.upstream._lanes[Lane.BULK].queue) <= 6  # texts of TIDY_CHARS, and the one that waits
+    assert len(gateway.lanes._lanes[Lane.BULK].queue) <= 6  # texts of TIDY_CHARS, and the one that waits
     await answer_all(gateway)
     assert len((await waiting).entries) == 1
     await gateway.close()
@@ -160,7 +161,7 @@ async def test_what_one_replica_spoils_another_is_named_for(badly: Callable[[Cal
         answer_as(gateway.balancer.waiting[0], "good")
         await task
     assert gateway.metrics.unusable_replies.own == EJECT_AFTER
-    assert gateway.replicas.ejected == 1
+    assert len(gateway.retry.ejections) == 1
     await start(gateway, "later")
     assert gateway.balancer.waiting[0].headers[REPLICA_HEADER] == "good"
     await gateway.close()
@@ -183,7 +184,7 @@ async def test_a_text_that_every_replica_fails_at_ejects_none() -> None:
             await settle()
         with pytest.raises(InferenceFailed):
             await task
-    assert gateway.replicas.ejected == 0
+    assert len(gateway.retry.ejections) == 0
     await gateway.close()
 
 
@@ -197,7 +198,7 @@ async def test_a_refusal_is_no_bad_answer(status: int) -> None:
             gateway.balancer.waiting[0].send(status, b"{}", {REPLICA_HEADER: "a"})
             await settle()
         assert isinstance(task.exception(), Problem)
-    assert (gateway.replicas.ejected, gateway.metrics.unusable_replies.own) == (0, 0)
+    assert (len(gateway.retry.ejections), gateway.metrics.unusable_replies.own) == (0, 0)
     await gateway.close()
 
 
@@ -205,23 +206,23 @@ async def test_a_replica_that_lists_models_well_but_computes_nonsense_stays_ejec
     gateway = Gateway()
     await known(gateway, "liar", "good")
     for _ in range(EJECT_AFTER):
-        gateway.replicas._ejections.unusable("liar")
+        gateway.retry.ejections.unusable("liar")
     gateway.balancer.list_headers = {REPLICA_HEADER: "liar"}
     await gateway.replicas.models()
-    assert gateway.replicas.ejected == 1
+    assert len(gateway.retry.ejections) == 1
     await gateway.close()
 
 
 async def test_a_busy_lane_sends_nothing_that_would_be_back_too_late() -> None:
     gateway = Gateway(calls=2)
-    gateway.upstream._lanes[Lane.BULK].took(100)  # a call takes seconds now
+    gateway.lanes._lanes[Lane.BULK].took(100)  # a call takes seconds now
     soon = time.monotonic() + 1
     tries = asyncio.create_task(
-        gateway.embedder.embed(Ask(texts=("idle",), lane=Lane.BULK, request_id="r", deadline=soon))
+        gateway.embedder.embed(Query(texts=("idle",), lane=Lane.BULK, request_id="r", deadline=soon))
     )
     await settle()
     with pytest.raises(DeadlineExceeded, match="that a call takes now"):
-        await gateway.embedder.embed(Ask(texts=("busy",), lane=Lane.BULK, request_id="r", deadline=soon))
+        await gateway.embedder.embed(Query(texts=("busy",), lane=Lane.BULK, request_id="r", deadline=soon))
     waits = await start(gateway, "has time")
     await answer_all(gateway)
     await asyncio.gather(tries, waits)
@@ -236,10 +237,10 @@ async def test_what_a_person_joined_is_not_late_by_how_long_jobs_take() -> None:
     soon = time.monotonic() + 1
     both = []
     for lane in (Lane.BULK, Lane.INTERACTIVE):
-        ask = Ask(texts=("shared",), lane=lane, request_id="r", deadline=soon)
+        ask = Query(texts=("shared",), lane=lane, request_id="r", deadline=soon)
         both.append(asyncio.create_task(gateway.embedder.embed(ask)))
         await settle()
-    gateway.upstream._lanes[Lane.BULK].took(100)  # a call takes seconds now
+    gateway.lanes._lanes[Lane.BULK].took(100)  # a call takes seconds now
     next(call for call in gateway.balancer.waiting if call.headers["x-priority"] == "bulk").answer()
     await settle()
     await answer_all(gateway)

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from ml_base.backends import LoadOptions, UnsupportedModelError, auto, selftest
 from ml_base.backends.openvino import OpenVinoBackend, converted
 from ml_base.backends.torch import TorchBackend
-from ml_base.batching.shapes import Grid
+from ml_base.batching.batches import Grid
 from ml_base.models.loading import resolve
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def test_a_model_converted_just_now_reads_texts_like_one_that_was_found_converte
     texts = ["one", "start " * 60 + "end " * 60]
     pieces = just_now.tokenize(texts, prompt="", direction=direction)
     assert pieces == found.tokenize(texts, prompt="", direction=direction)
-    assert [(len(piece), piece.tokens, piece.truncated) for piece in pieces] == [(3, 3, False), (64, 122, True)]
+    assert [(piece.length, piece.tokens, piece.truncated) for piece in pieces] == [(3, 3, False), (64, 122, True)]
 
 
 def test_what_nobody_reads_is_not_converted(tiny_converted: Path) -> None:

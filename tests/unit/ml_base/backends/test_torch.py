@@ -130,7 +130,7 @@ def test_a_prompt_that_leaves_no_room_for_the_text_leaves_out_what_encode_leaves
     assert_equal(embed(TorchBackend(model), ["hello"], prompt=prompt), reference.encode(["hello"], prompt=prompt))
 
 
-def test_texts_with_and_without_a_prompt_may_share_a_slice() -> None:
+def test_texts_with_and_without_a_prompt_may_share_a_batch() -> None:
     model = fresh()
     model.set_pooling_include_prompt(include_prompt=False)
     backend = TorchBackend(model)
@@ -155,7 +155,7 @@ def test_tokens_are_counted_before_the_cut_and_exactly(backend: TorchBackend, re
         pieces = backend.tokenize(TEXTS, prompt="", direction=direction)
         assert [piece.tokens for piece in pieces] == exact
         assert [piece.truncated for piece in pieces] == [count > MAX_TOKENS for count in exact]
-        assert [len(piece) for piece in pieces] == [min(count, MAX_TOKENS) for count in exact]
+        assert [piece.length for piece in pieces] == [min(count, MAX_TOKENS) for count in exact]
 
 
 def test_the_card_of_the_default_model(backend: TorchBackend) -> None:

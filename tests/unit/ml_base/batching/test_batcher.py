@@ -9,10 +9,9 @@ import pytest
 from embedding_common import errors
 from embedding_common.contract import Lane
 from ml_base.batching.batcher import WINDOW_TEXTS, Batcher
-from ml_base.batching.shapes import Grid
-from ml_base.batching.slices import SliceLimits
+from ml_base.batching.batches import BatchLimits, Grid
 from ml_base.machine.worker import Worker
-from tests.support.model_server import POISON, Clock, Model, Notes, until, vector_of
+from tests.support.model_server import POISON, Clock, Model, Notes, Text, until, vector_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,10 +37,10 @@ class Bench:
         self.clock = Clock()
         self.notes = Notes()
         self.worker = worker or Worker("inference", clock=self.clock)
-        self.batcher: Batcher[str] = Batcher(
+        self.batcher: Batcher[Text] = Batcher(
             compute or self.model,
             worker=self.worker,
-            limits=SliceLimits(max_texts=64, max_tokens=max_tokens, patience_s=0.05, grid=grid),
+            limits=BatchLimits(max_texts=64, max_tokens=max_tokens, patience_s=0.05, grid=grid),
             max_queue_texts=max_queue_texts,
             bulk_share=bulk_share,
             observer=self.notes,
@@ -59,7 +58,7 @@ class Bench:
 
     async def embed(self, *texts: str, lane: Lane = Lane.BULK, deadline: float = float("inf")) -> NDArray[np.float32]:
         with self.batcher.admit(len(texts), lane=lane, deadline=deadline) as job:
-            job.put(texts)
+            job.put([Text(text) for text in texts])
             return await job.vectors()
 
     def start(
@@ -67,9 +66,9 @@ class Bench:
     ) -> asyncio.Task[NDArray[np.float32]]:
         return asyncio.create_task(self.embed(*texts, lane=lane, deadline=deadline))
 
-    async def running(self, slices: int = 1) -> None:
-        """Until that many slices have been started."""
-        await until(lambda: len(self.model.slices) >= slices)
+    async def running(self, batches: int = 1) -> None:
+        """Until that many batches have been started."""
+        await until(lambda: len(self.model.batches) >= batches)
 
     def outcomes(self) -> int:
         """Texts that ended, one way or the other."""
@@ -89,12 +88,12 @@ async def test_an_idle_model_starts_at_once_with_whatever_waits() -> None:
     async with bench:
         task = bench.start("a")
         await bench.running()
-        assert bench.model.slices == [["a"]]
+        assert bench.model.batches == [["a"]]
         bench.model.finish()
         await task
 
 
-async def test_requests_that_arrive_while_it_computes_share_the_next_slice() -> None:
+async def test_requests_that_arrive_while_it_computes_share_the_next_batch() -> None:
     bench = Bench(held=True)
     async with bench:
         tasks = [bench.start("a")]
@@ -103,7 +102,7 @@ async def test_requests_that_arrive_while_it_computes_share_the_next_slice() -> 
         await until(lambda: bench.batcher.reserved(Lane.BULK) == 4)
         bench.model.finish(2)
         await asyncio.gather(*tasks)
-    assert bench.model.slices == [["a"], ["b", "c", "d"]]
+    assert bench.model.batches == [["a"], ["b", "c", "d"]]
 
 
 async def test_interactive_texts_overtake_bulk_texts_that_wait() -> None:
@@ -115,22 +114,22 @@ async def test_interactive_texts_overtake_bulk_texts_that_wait() -> None:
         await until(lambda: bench.batcher.reserved(Lane.INTERACTIVE) == 1)
         bench.model.finish(9)
         await asyncio.gather(*tasks)
-    assert bench.model.slices[1] == ["q"]
+    assert bench.model.batches[1] == ["q"]
 
 
-async def test_bulk_keeps_its_share_of_slices_under_a_flood_of_queries() -> None:
+async def test_bulk_keeps_its_share_of_batches_under_a_flood_of_queries() -> None:
     bench = Bench(held=True, max_tokens=1, bulk_share=0.25)
     async with bench:
         tasks = [bench.start(*"abcdefgh"), bench.start(*"QRSTUVWXYZ", lane=Lane.INTERACTIVE)]
-        await until(lambda: len(bench.model.slices) == 1 and bench.batcher.reserved(Lane.INTERACTIVE) == 10)
+        await until(lambda: len(bench.model.batches) == 1 and bench.batcher.reserved(Lane.INTERACTIVE) == 10)
         bench.model.finish(18)
         await asyncio.gather(*tasks)
-    order = "".join(slice_[0] for slice_ in bench.model.slices)
+    order = "".join(batch[0] for batch in bench.model.batches)
     assert sum(letter.islower() for letter in order[:12]) in {3, 4}
 
 
 async def test_a_text_that_fits_badly_is_passed_over_only_as_long_as_the_patience() -> None:
-    """Short texts keep coming; the long one has had its 50 ms after the second slice, and leads the third."""
+    """Short texts keep coming; the long one has had its 50 ms after the second batch, and leads the third."""
     bench = Bench(held=True, max_tokens=8)
     async with bench:
         tasks = [bench.start("a")]
@@ -139,12 +138,12 @@ async def test_a_text_that_fits_badly_is_passed_over_only_as_long_as_the_patienc
         await until(lambda: bench.batcher.reserved(Lane.BULK) == 5)
         bench.model.finish()
         await bench.running(2)
-        assert sorted(bench.model.slices[1]) == ["b", "c", "d"]
+        assert sorted(bench.model.batches[1]) == ["b", "c", "d"]
         tasks += [bench.start("e")]
         bench.clock.now += 0.06
         bench.model.finish()
         await bench.running(3)
-        assert bench.model.slices[2] == ["longlong"]
+        assert bench.model.batches[2] == ["longlong"]
         bench.model.finish(2)
         await asyncio.gather(*tasks)
 
@@ -253,7 +252,7 @@ async def test_texts_of_a_caller_that_left_are_never_computed() -> None:
         assert bench.batcher.reserved(Lane.BULK) == 2
         bench.model.finish(2)
         await asyncio.gather(first, stays)
-    assert bench.model.slices == [["a"], ["d"]]
+    assert bench.model.batches == [["a"], ["d"]]
     assert bench.notes.drops == [(Lane.BULK, 2)]
 
 
@@ -282,19 +281,19 @@ async def test_a_text_whose_time_is_over_is_never_computed() -> None:
         with pytest.raises(errors.DeadlineExceeded):
             await late
         await first
-    assert bench.model.slices == [["a"]]
+    assert bench.model.batches == [["a"]]
 
 
 async def test_a_request_that_is_tokenized_in_parts_is_computed_in_parts() -> None:
     bench = Bench(held=True)
     async with bench:
         with bench.batcher.admit(2, lane=Lane.BULK) as job:
-            job.put(["a"])
+            job.put([Text("a")])
             await bench.running()
-            job.put(["b"])
+            job.put([Text("b")])
             bench.model.finish(2)
             assert np.array_equal(await job.vectors(), [vector_of("a"), vector_of("b")])
-    assert bench.model.slices == [["a"], ["b"]]
+    assert bench.model.batches == [["a"], ["b"]]
 
 
 async def test_closing_tells_everyone_who_waits_and_hangs_nobody() -> None:
@@ -310,7 +309,7 @@ async def test_closing_tells_everyone_who_waits_and_hangs_nobody() -> None:
 
 async def test_an_observer_that_breaks_ends_the_batcher_loudly_and_hangs_nobody() -> None:
     bench = Bench(held=True)
-    bench.notes.slice_done = None  # type: ignore[assignment, method-assign]
+    bench.notes.batch_done = None  # type: ignore[assignment, method-assign]
     async with bench:
         tasks = [bench.start("a"), bench.start("b" * 2000)]
         await bench.running()
@@ -322,7 +321,7 @@ async def test_an_observer_that_breaks_ends_the_batcher_loudly_and_hangs_nobody(
         assert not bench.batcher.alive
 
 
-async def test_the_age_of_the_running_slice_is_known_and_zero_when_idle() -> None:
+async def test_the_age_of_the_running_batch_is_known_and_zero_when_idle() -> None:
     bench = Bench(held=True)
     async with bench:
         assert bench.worker.running_for_s() == 0
@@ -330,7 +329,7 @@ async def test_the_age_of_the_running_slice_is_known_and_zero_when_idle() -> Non
         await bench.running()
         bench.clock.now += 7
         assert bench.worker.running_for_s() == 7
-        assert repr(bench.batcher) == "<Batcher interactive=0 bulk=1 running=True slices=0>"
+        assert repr(bench.batcher) == "<Batcher interactive=0 bulk=1 running=True batches=0>"
         bench.model.finish()
         await task
         assert bench.worker.running_for_s() == 0
@@ -373,7 +372,7 @@ async def test_on_a_grid_what_is_reported_as_computed_counts_its_padding() -> No
     assert [(report.tokens, report.padded_tokens) for report in bench.notes.reports] == [(1, 8), (34, 160)]
 
 
-async def test_a_slice_on_a_grid_stays_within_its_tokens_with_the_rows_that_are_padded() -> None:
+async def test_a_batch_on_a_grid_stays_within_its_tokens_with_the_rows_that_are_padded() -> None:
     bench = Bench(grid=Grid((8,)), max_tokens=8 * 9)  # nine rows are computed as ten, which is one too many
     async with bench:
         await bench.embed(*["a"] * 27)
@@ -387,9 +386,9 @@ async def test_batchers_that_share_a_worker_take_turns() -> None:
     async with one, other.batcher:
         tasks = [one.start("a", "b"), other.start("c", "d")]
         await one.running()
-        assert other.model.slices == []
+        assert other.model.batches == []
         one.model.finish()
         await one.running(2)
-        assert other.model.slices == [["c"]]
+        assert other.model.batches == [["c"]]
         one.model.finish()
         await asyncio.gather(*tasks)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ml_base.backends import LoadOptions, UnsupportedModelError
-from ml_base.batching.shapes import Grid
+from ml_base.batching.batches import Grid
 from ml_base.models import loading
 from ml_base.models.loading import ModelUnavailableError, Source, resolve
 from ml_base.models.warmup import Bounds
@@ -88,7 +88,7 @@ def test_a_loaded_model_is_warm_and_knows_its_dimension() -> None:
     card = loading.load_with(loader(backend), HUB, OPTIONS, BOUNDS).card
     assert (card.id, card.dimension, card.max_tokens, card.prompts) == ("some/model", 4, MAX_TOKENS, {"query": "ask "})
     assert card.pooling == "mean"
-    assert len(backend.model.slices) >= 3
+    assert len(backend.model.batches) >= 3
 
 
 def test_the_fingerprint_changes_with_whatever_changes_a_vector() -> None:
@@ -119,14 +119,14 @@ def test_a_compiled_model_has_computed_all_its_shapes_before_it_is_served() -> N
     backend = FakeBackend()
     backend.grid = Grid((4, 8))
     loading.load_with(loader(backend), HUB, OPTIONS, BOUNDS)
-    computed = {(len(slice_), len(slice_[0])) for slice_ in backend.model.slices}
+    computed = {(len(batch), len(batch[0])) for batch in backend.model.batches}
     assert computed >= set(backend.grid.shapes(32, 4))
 
 
-def test_a_slice_that_the_operator_chose_is_not_searched_for() -> None:
-    assert loading.load_with(loader(FakeBackend()), HUB, OPTIONS, BOUNDS).slice_tokens == 32
+def test_a_batch_that_the_operator_chose_is_not_searched_for() -> None:
+    assert loading.load_with(loader(FakeBackend()), HUB, OPTIONS, BOUNDS).batch_tokens == 32
 
 
-def test_a_slice_that_nobody_chose_is_found() -> None:
+def test_a_batch_that_nobody_chose_is_found() -> None:
     bounds = Bounds(max_texts=4, max_tokens=0, max_s=0.001)
-    assert loading.load_with(loader(FakeBackend()), HUB, OPTIONS, bounds).slice_tokens > 0
+    assert loading.load_with(loader(FakeBackend()), HUB, OPTIONS, bounds).batch_tokens > 0

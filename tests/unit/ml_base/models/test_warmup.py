@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ml_base.batching.shapes import Grid
+from ml_base.batching.batches import Grid
 from ml_base.models import warmup
-from ml_base.models.warmup import Bounds, find_slice, warm
+from ml_base.models.warmup import Bounds, find_batch_tokens, warm
 from tests.support.model_server import Clock, FakeBackend
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class Costly(FakeBackend):
-    """Its clock goes on only while it computes: by `cost` seconds of the tokens in a slice.
+    """Its clock goes on only while it computes: by `cost` seconds of the tokens in a batch.
 
-    Costs are a hundred times those of a real model, so that what a slice costs besides does not matter.
+    Costs are a hundred times those of a real model, so that what a batch costs besides does not matter.
     """
 
     max_tokens = 256
@@ -34,15 +34,15 @@ class Costly(FakeBackend):
         self.shapes: list[tuple[int, int]] = []
 
     def embed(self, batch: Sequence[Tokenized]) -> NDArray[np.float32]:
-        assert len({len(text) for text in batch}) == 1
-        self.shapes.append((len(batch), len(batch[0])))
-        self.clock.now += self.cost(len(batch) * len(batch[0]))
+        assert len({text.length for text in batch}) == 1
+        self.shapes.append((len(batch), batch[0].length))
+        self.clock.now += self.cost(len(batch) * batch[0].length)
         return super().embed(batch)
 
 
 def found(cost: Callable[[int], float], *, max_s: float = 4.0, sharing: float = 1.0) -> int:
     backend = Costly(cost)
-    return find_slice(backend, Bounds(max_texts=64, max_s=max_s, sharing=sharing), clock=backend.clock)
+    return find_batch_tokens(backend, Bounds(max_texts=64, max_s=max_s, sharing=sharing), clock=backend.clock)
 
 
 def with_overhead(tokens: int) -> float:
@@ -59,12 +59,12 @@ def test_where_every_size_is_as_fast_the_fewest_tokens_are_taken() -> None:
 
 
 @pytest.mark.parametrize("max_s", [0.6, 1.0, 2.0])
-def test_a_slice_lasts_no_longer_than_it_may(max_s: float) -> None:
+def test_a_batch_lasts_no_longer_than_it_may(max_s: float) -> None:
     tokens = found(with_overhead, max_s=max_s)
     assert with_overhead(tokens) <= max_s < with_overhead(tokens * 2)
 
 
-def test_replicas_that_share_cores_take_smaller_slices() -> None:
+def test_replicas_that_share_cores_take_smaller_batches() -> None:
     shared = found(with_overhead, max_s=2.0, sharing=1.5)
     assert with_overhead(shared) * 1.5 <= 2.0
     assert shared < found(with_overhead, max_s=2.0)

@@ -1,16 +1,14 @@
-"""The dialects of text-embeddings-inference and of Weaviate on the wire, and how one route tells dialects apart."""
+"""The dialect of text-embeddings-inference on the wire, between fake replicas and a fake Redis."""
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from embedding_common import native
+from embedding_common import native, refusals
 from embedding_service.api.dialects import tei
 from embedding_service.errors import InferenceFailed, Problem
 from tests.support.gateway import CARD, model
@@ -35,50 +33,6 @@ async def test_options_are_those_of_the_other_dialects(client: Client) -> None:
     np.testing.assert_array_equal(own, [model("a", CARD)[:3]])
     await client.tei("a", prompt_name="query")
     assert client.gateway.balancer.sent[-1].body["prompt_name"] == "query"
-
-
-async def test_one_text_is_one_entry_in_every_dialect(client: Client) -> None:
-    replies = [
-        await client.embed("hello world"),
-        await client.tei("hello world"),
-        await client.openai("hello world"),
-        await client.openai([15339, 1917]),
-        await client.tei(["hello world"], "/"),
-        await client.http.post("/vectors", json={"text": "hello world"}),
-    ]
-    assert [reply.headers["x-cache"] for reply in replies] == ["hit=0;miss=1"] + ["hit=1;miss=0"] * 5
-    assert len({reply.headers["x-tokens"] for reply in replies}) == 1
-    assert client.computed == ["hello world"]
-
-
-@pytest.mark.parametrize(
-    ("body", "shape"),
-    [
-        ({"texts": ["a"]}, dict),
-        ({"texts": ["inputs", 'an "input"', "input"]}, dict),
-        ({"texts": ["a"], "inputs": None}, dict),
-        ({"inputs": ["texts"]}, list),
-        ({"inputs": "a", "texts": None}, list),
-    ],
-)
-async def test_the_body_tells_whose_request_it_is(client: Client, body: Any, shape: type) -> None:
-    reply = await client.http.post("/embed", json=body)
-    assert (reply.status_code, type(reply.json())) == (200, shape)
-
-
-@pytest.mark.parametrize(("field", "shape"), [("inputs", list), ("input", dict), ("texts", dict)])
-async def test_what_python_writes_for_no_number_does_not_hide_whose_request_it_is(
-    client: Client, field: str, shape: type
-) -> None:
-    reply = await client.http.post("/embed", content=json.dumps({field: ["a"], "score": math.nan, "x": {"input": 1}}))
-    assert (reply.status_code, type(reply.json())) == (200, shape)
-
-
-@pytest.mark.parametrize("second", ["inputs", "input"])
-async def test_two_dialects_at_once_are_refused(client: Client, second: str) -> None:
-    reply = await client.http.post("/embed", json={"texts": ["a"], second: "a"})
-    assert (reply.status_code, reply.json()["value"]) == (400, f"texts and {second}")
-    assert client.computed == []
 
 
 BAD: dict[str, tuple[Any, int, str, str]] = {
@@ -171,39 +125,6 @@ async def test_health_is_found_wherever_clients_look(client: Client, path: str) 
     assert (await client.http.get(path)).status_code == 503
 
 
-async def test_weaviate_sends_no_content_type_and_gets_its_text_back(client: Client) -> None:
-    raw = b'{"text":"a","dims":0,"vector":null,"error":"","config":{"pooling_strategy":"","task_type":"query"}}'
-    reply = (await client.http.post("/vectors", content=raw)).json()
-    assert (reply["text"], reply["dim"], len(reply["vector"])) == ("a", 4, 4)
-    assert client.gateway.balancer.sent[0].body["prompt_name"] == "query"
-
-
-async def test_weaviate_gets_as_many_dimensions_as_its_collection_is_set_to(client: Client) -> None:
-    reply = (await client.http.post("/vectors", json={"text": "a", "config": {"dimensions": 3}})).json()
-    assert (reply["dim"], len(reply["vector"])) == (3, 3)
-
-
-@pytest.mark.parametrize(
-    ("body", "field"),
-    [
-        ({"text": 7}, "text"),
-        ({}, "text"),
-        ({"text": "a", "config": {"dimensions": 0}}, "config.dimensions"),
-        ({"text": "a", "config": {"dimensions": 1536}}, "dimensions"),
-    ],
-)
-async def test_weaviate_is_told_what_is_wrong_in_a_string(client: Client, body: Any, field: str) -> None:
-    reply = await client.http.post("/vectors", json=body)
-    assert (reply.status_code, reply.json()["field"]) == (422, field)
-    assert reply.json()["error"].startswith(field)
-
-
-async def test_weaviate_finds_the_service_ready(client: Client) -> None:
-    assert (await client.http.get("/.well-known/ready")).status_code == 204
-    assert (await client.http.get("/.well-known/live")).status_code == 204
-    assert (await client.http.get("/meta")).json()["model"] == "model"
-
-
 def test_every_problem_has_a_row_in_both_tables() -> None:
-    assert set(Problem.__subclasses__()) == set(tei.STATUS) == set(native.STATUS)
-    assert {kind for kind in tei.STATUS if tei.STATUS[kind] != native.STATUS[kind]} >= {InferenceFailed}
+    assert set(Problem.__subclasses__()) == set(tei.STATUS) == set(refusals.STATUS)
+    assert {kind for kind in tei.STATUS if tei.STATUS[kind] != refusals.STATUS[kind]} >= {InferenceFailed}

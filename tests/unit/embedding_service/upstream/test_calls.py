@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from embedding_service.errors import Unavailable
-from embedding_service.upstream.http import REPLICA_HEADER, Balancer, Broken
+from embedding_service.upstream.calls import REPLICA_HEADER, Balancer, Broken
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from embedding_common.contract import Lane
-from embedding_service.core.admission import Admission
 from embedding_service.errors import BodyTooLarge, Overloaded
+from embedding_service.upstream.lanes import Admission
 
 
 class Clock:
