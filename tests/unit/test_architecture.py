@@ -66,6 +66,7 @@ STDLIB_ONLY = {
     "embedding_common.errors",
     "embedding_common.http.bind",
     "embedding_common.keys",
+    "ml_base.batching.batches",
     "ml_base.machine.memory",
     "ml_base.machine.threads",
 }

@@ -15,7 +15,8 @@ from local_stack import LOOPBACK
 from redis import Redis
 
 from embedding_service.cache.entry import Entry, KeySpace, pack
-from embedding_service.cache.redis.client import CARDS_KEY, EPOCH_KEY, PREFIX, _entry_name
+from embedding_service.cache.redis.client import EPOCH_KEY, PREFIX
+from embedding_service.cache.redis.store import CARDS_KEY, entry_name
 from tests.system.faults.load import Load, percentile_ms
 from tests.system.faults.replica import CARD, vector
 from tests.system.stack.client import fresh_texts
@@ -210,7 +211,7 @@ def is_kept(client: Client, redis: Redis) -> bool:
     time.sleep(0.2)
     key = space().key(text)
     epoch = int(redis.get(EPOCH_KEY) or 0)
-    return bool(redis.exists(_entry_name(epoch, key)))
+    return bool(redis.exists(entry_name(epoch, key)))
 
 
 def space() -> KeySpace:
@@ -233,7 +234,7 @@ def keep(redis: Redis, texts: Sequence[str], stored_as: Callable[[bytes], bytes]
         part = texts[start : start + 1000]
         packed = zip(space().keys(part), part, strict=True)
         pairs = {
-            _entry_name(epoch, key): pack(key, Entry(vector(text).tobytes(), 5, False, expires_at))
+            entry_name(epoch, key): pack(key, Entry(vector(text).tobytes(), 5, False, expires_at))
             for key, text in packed
         }
         redis.mset({name: stored_as(value) for name, value in pairs.items()})

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from embedding_common.contract import Lane
+from embedding_service.api.routes import metric_labels
 from embedding_service.app import build_service
 from embedding_service.config import Settings
 from embedding_service.observability.metrics import Metrics
@@ -26,7 +27,7 @@ LABEL = re.compile(r'(\w+)="(\w+)"')
 
 
 def exported() -> str:
-    gateway = Metrics()
+    gateway = Metrics(routes=metric_labels())
     build_service(Settings(), gateway)
     replica = ReplicaMetrics()
     replica.watch(waiting=lambda lane: len(Lane(lane)), draining=lambda: False, running_for_s=lambda: 0.0)
@@ -55,7 +56,7 @@ def test_a_rule_says_what_happened_and_what_to_do(rule: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("enabled", "alerts"), [(True, True), (False, False)])
 def test_redis_is_missed_only_where_it_is_wanted(*, enabled: bool, alerts: bool) -> None:
-    metrics = Metrics()
+    metrics = Metrics(routes=metric_labels())
     build_service(Settings(REDIS_ENABLED=enabled), metrics)
     expr: str = next(rule["expr"] for rule in RULES if rule["alert"] == "RedisAway")
     figures = dict(re.findall(r"^(embedding_\w+) (\S+)$", metrics.exposition().decode(), re.MULTILINE))

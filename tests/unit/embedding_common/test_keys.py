@@ -28,7 +28,7 @@ def test_keys_may_be_parted_by_commas_or_lines(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " , ,", "schlüssel", "a,b\x00"])
-def test_a_list_that_would_lock_nobody_out_or_nobody_in_is_refused(text: str) -> None:
+def test_a_list_that_would_open_to_all_or_to_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="key"):
         parse_keys(text)
 

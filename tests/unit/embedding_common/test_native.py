@@ -91,7 +91,7 @@ def test_limits_stand_beside_what_was_sent() -> None:
 
 
 def test_no_message_repeats_a_text() -> None:
-    secret = "the text of somebody's diary, which goes on"
+    secret = "the text of a private diary, which goes on"
     for body in ({"texts": secret}, {"texts": ["a"], "normalize": secret}, {"texts": [{"t": secret}]}):
         with pytest.raises(errors.InvalidRequest) as refused:
             parse(body)

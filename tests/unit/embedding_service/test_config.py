@@ -103,7 +103,7 @@ def test_a_missing_file_of_keys_stops_the_start(monkeypatch: pytest.MonkeyPatch)
         read_environment(Settings)
 
 
-def test_a_password_in_the_balancers_url_is_shown_to_nobody() -> None:
+def test_a_password_in_the_balancers_url_is_not_shown() -> None:
     settings = Settings(ml_base_url="https://gateway:s3c@ret@balancer:8887")
     assert settings.public()["ML_BASE_URL"] == "https://balancer:8887"
     assert build_service(settings, Metrics()).unhealthy()[-1] == "no replica answers at https://balancer:8887"

@@ -217,7 +217,7 @@ async def test_texts_of_a_caller_that_hung_up_leave_the_queue_uncomputed() -> No
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
-            raise AssertionError("nobody is there to read this")
+            raise AssertionError("no caller is there to read this")
 
         scope = {
             "type": "http",

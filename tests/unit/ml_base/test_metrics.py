@@ -66,7 +66,7 @@ def test_a_batch_is_counted_by_texts_tokens_and_time() -> None:
     assert value(metrics, "ml_base_wait_seconds_sum", lane="bulk") == 4
 
 
-def test_gauges_are_read_when_somebody_asks() -> None:
+def test_gauges_are_read_when_the_metrics_are() -> None:
     waiting = {Lane.BULK: 4}
     metrics = watched(waiting)
     assert value(metrics, "ml_base_queue_texts", lane="bulk") == 4

@@ -135,7 +135,7 @@ async def test_an_unknown_failure_is_a_plain_500_and_its_detail_is_in_the_log(ca
     assert "secret detail" in caplog.text
 
 
-async def test_nobody_is_answered_once_the_caller_has_gone() -> None:
+async def test_no_answer_is_sent_once_the_caller_has_gone() -> None:
     assert (await run_guarded(raising(errors.ClientGone()))).messages == []
 
 

@@ -151,7 +151,7 @@ async def test_what_is_no_http_is_refused_in_json(server: Server) -> None:
     assert (status, body["error_type"]) == (400, "Validation")
 
 
-async def test_a_server_that_ends_waits_for_nobody_it_has_refused(server: Server) -> None:
+async def test_a_server_that_ends_waits_for_no_caller_it_has_refused(server: Server) -> None:
     await server.connect(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 110000\r\n\r\n" + b"x" * 5000)
     (connection,) = server.state.connections
     connection.shutdown()

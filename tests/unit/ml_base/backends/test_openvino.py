@@ -126,7 +126,7 @@ def test_a_model_converted_just_now_reads_texts_like_one_that_was_found_converte
     assert [(piece.length, piece.tokens, piece.truncated) for piece in pieces] == [(3, 3, False), (64, 122, True)]
 
 
-def test_what_nobody_reads_is_not_converted(tiny_converted: Path) -> None:
+def test_unused_outputs_are_not_converted(tiny_converted: Path) -> None:
     [output] = openvino.Core().read_model(tiny_converted / "model.xml").outputs
     assert "last_hidden_state" in output.get_names()
 
@@ -152,7 +152,7 @@ def test_padding_to_the_grid_changes_no_vector(cache_dir: Path) -> None:
         assert selftest.likeness(found, embed(backend, texts)).lowest > 0.999999
 
 
-def test_once_it_is_converted_nobody_keeps_the_weights_of_torch(tiny: Path, tmp_path: Path) -> None:
+def test_once_it_is_converted_the_weights_of_torch_are_freed(tiny: Path, tmp_path: Path) -> None:
     backend: Any = auto.load_openvino(str(tiny), options(tmp_path, "float32"))
     assert {parameter.device.type for parameter in backend._model[0].parameters()} == {"meta"}
 
@@ -237,7 +237,7 @@ def test_both_the_worst_text_and_the_average_have_a_floor(lowest: float, mean: f
     assert selftest.Likeness(lowest, mean).reaches(selftest.Likeness(0.9, 0.95)) is enough
 
 
-def test_a_conversion_where_nobody_may_write_is_used(
+def test_a_conversion_in_a_read_only_folder_is_used(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     auto.load_openvino(str(tiny), options(tmp_path))

@@ -296,7 +296,7 @@ async def test_a_request_that_is_tokenized_in_parts_is_computed_in_parts() -> No
     assert bench.model.batches == [["a"], ["b"]]
 
 
-async def test_closing_tells_everyone_who_waits_and_hangs_nobody() -> None:
+async def test_closing_tells_every_caller_that_waits_and_hangs_none() -> None:
     bench = Bench(held=True)
     async with bench:
         tasks = [bench.start("a"), bench.start("b")]
@@ -307,7 +307,7 @@ async def test_closing_tells_everyone_who_waits_and_hangs_nobody() -> None:
         await bench.embed("c")
 
 
-async def test_an_observer_that_breaks_ends_the_batcher_loudly_and_hangs_nobody() -> None:
+async def test_an_observer_that_fails_ends_the_batcher_and_hangs_no_caller() -> None:
     bench = Bench(held=True)
     bench.notes.batch_done = None  # type: ignore[assignment, method-assign]
     async with bench:

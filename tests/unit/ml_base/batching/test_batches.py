@@ -76,7 +76,7 @@ def test_a_batch_is_never_empty_never_repeats_and_keeps_both_limits(
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60))
-def test_a_window_that_nobody_was_passed_over_in_always_serves_its_oldest_text(lengths: list[int]) -> None:
+def test_a_window_in_which_no_text_was_passed_over_always_serves_its_oldest_text(lengths: list[int]) -> None:
     assert 0 in pick(window(*lengths), now=0, limits=limits())
 
 

@@ -92,7 +92,7 @@ async def test_a_call_cancelled_before_its_turn_never_runs() -> None:
     assert ran == []
 
 
-async def test_closing_fails_whoever_still_waits_even_if_the_thread_is_stuck() -> None:
+async def test_closing_fails_all_callers_that_still_wait_even_if_the_thread_is_stuck() -> None:
     gate = threading.Event()
     async with Worker("w") as worker:
         stuck = [asyncio.create_task(worker.run(lambda: gate.wait(5))) for _ in range(2)]

@@ -127,6 +127,6 @@ def test_a_batch_that_the_operator_chose_is_not_searched_for() -> None:
     assert loading.load_with(loader(FakeBackend()), HUB, OPTIONS, BOUNDS).batch_tokens == 32
 
 
-def test_a_batch_that_nobody_chose_is_found() -> None:
+def test_a_batch_size_that_was_not_chosen_is_found() -> None:
     bounds = Bounds(max_texts=4, max_tokens=0, max_s=0.001)
     assert loading.load_with(loader(FakeBackend()), HUB, OPTIONS, bounds).batch_tokens > 0

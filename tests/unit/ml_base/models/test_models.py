@@ -242,7 +242,7 @@ async def test_unloading_what_is_not_loaded_or_not_served_changes_nothing() -> N
         assert bench.notes.in_memory == ["first"]
 
 
-async def test_a_model_that_nobody_asks_for_is_unloaded_in_time_and_the_default_one_never() -> None:
+async def test_a_model_that_no_request_asks_for_is_unloaded_in_time_and_the_default_one_never() -> None:
     clock = Clock()
     async with serving(clock=clock, unload_after_s=0.02) as bench:
         await bench.embed("a", model="second")
@@ -305,7 +305,7 @@ async def test_it_is_well_when_idle_and_busy_and_in_trouble_when_stuck_or_ended(
     assert bench.models.unhealthy(stuck_s=15) == ["inference ended"]
 
 
-async def test_closing_ends_a_loading_and_hangs_nobody() -> None:
+async def test_closing_ends_a_loading_and_hangs_no_caller() -> None:
     async with serving(loading_held=True) as bench:
         task = bench.start("a", model="second")
         await bench.loading()
