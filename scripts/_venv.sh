@@ -1,4 +1,5 @@
-# Sourced by up, test and check: `root`, and `need EXTRA...`, which makes `$venv/bin/python` able to run the project.
+# Sourced by up, test and check. Sets `root` and `venv`. `need NAME...` makes `$venv/bin/python` able to run the project:
+# a NAME is an extra of pyproject.toml, or one of its dependency groups with a + in front (+test).
 # shellcheck shell=bash
 # `CDPATH=`: an exported one leads `cd scripts/..` into another folder, and makes it print the name
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -12,7 +13,7 @@ is_new_enough='import sys; sys.exit(sys.version_info < (3, 11))'
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-# Installs the project with these extras, unless the same was installed from the same pyproject.toml before.
+# Installs the project with these extras and groups, unless the same was installed from the same pyproject.toml before.
 need() {
   mkdir -p "$root/.local"
   # One installation at a time; util-linux has flock, other systems do without.
@@ -28,7 +29,7 @@ installed() {
 }
 
 install() {
-  local extra extras python began=$SECONDS
+  local extra extras=() groups=() requirements=() wanted python began=$SECONDS
   : >"$install_log"
   if ! "$venv/bin/python" -c "import pip; $is_new_enough" 2>/dev/null; then
     python=$(find_python) || exit 1
@@ -38,11 +39,25 @@ install() {
   fi
   say "installing $torch${TORCH_INDEX_URL:+ from TORCH_INDEX_URL}; the first time this takes minutes"
   quiet_pip "$torch" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
-  extras=$(IFS=,; echo "$*")
-  say "installing the project with its extras $extras"
-  quiet_pip --editable "$root[$extras]"
+  for extra; do case $extra in +*) groups+=("${extra#+}") ;; *) extras+=("$extra") ;; esac; done
+  say "installing the project with ${extras[*]} ${groups[*]}"
+  wanted=$(requirements_of "${groups[@]}") || failed "cannot read the dependency groups of pyproject.toml"
+  [[ -z $wanted ]] || mapfile -t requirements <<<"$wanted"
+  quiet_pip --editable "$root[$(IFS=,; echo "${extras[*]}")]" "${requirements[@]}"
   for extra; do cp "$root/pyproject.toml" "$venv/installed-$extra.toml"; done
   say "installed after $((SECONDS - began)) s"
+}
+
+# The requirements of dependency groups, one a line. Only pip 25.1 and newer has --group, and a new environment has the
+# pip that its Python came with.
+requirements_of() {
+  "$venv/bin/python" - "$root/pyproject.toml" "$@" <<'PY'
+import sys, tomllib
+
+groups = tomllib.load(open(sys.argv[1], "rb"))["dependency-groups"]
+for name in sys.argv[2:]:
+    print(*groups[name], sep="\n")
+PY
 }
 
 # PYTHON if given, else the first that is new enough: the user's own choice (python3) before any other.

@@ -188,7 +188,7 @@ def l2_hits(lab: Lab, stub: Child, report: Report) -> None:
 
 
 def misses(lab: Lab, stub: Child, report: Report) -> None:
-    """Target 3: the gateway's own cost of a text that nobody has."""
+    """Target 3: the gateway's own cost of a text that no cache has."""
     with lab.gateway(stub) as gateway:
         load = lambda: lab.wrk(gateway, 64, time.time_ns(), script=LUA_NEW_TEXTS)  # noqa: E731 - a name for one line
         runs = [gateway.answering("misses", load) for _ in range(lab.repeats)]

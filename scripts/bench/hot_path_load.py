@@ -4,7 +4,7 @@
 bare PORT GATEWAY_PORT BODY_FILE   what the server underneath can do: replies the bytes the gateway replied once
 stub PORT                          a replica that computes nothing
 redis-get PORT SECONDS             what redis-py's asyncio client alone can do
-probe PORT SECONDS BODY_FILE       somebody who asks one question after the other, and notes how long each took
+probe PORT SECONDS BODY_FILE       asks one question after the other, and notes how long each took
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ function init(args)
 end
 function request()
   count = count + 1
-  local text = string.format("%s %d %d: how long does a vector take that nobody has asked for", run, id, count)
+  local text = string.format("%s %d %d: how long does a vector take that was never asked for", run, id, count)
   return wrk.format("POST", nil, nil, '{"texts":["' .. text .. '"]}')
 end
 """

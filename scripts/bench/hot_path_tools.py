@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 LOAD = Path(__file__).with_name("hot_path_load.py")
-DIE_WITH_PARENT = ROOT / "scripts" / "die_with_parent.py"
+DIE_WITH_PARENT = ROOT / "scripts" / "local_stack" / "die_with_parent.py"
 START_S = 30.0
 STOP_S = 10.0
 TIER_SHARE = 0.98  # of a run's texts from the tier it is about: two callers may ask L2 for one text at once
@@ -248,7 +248,7 @@ class Lab:
         return Child("wrk", command, core=self.load_core, log=self.folder / "wrk.log")
 
     def own_figures(self, role: str, *arguments: object, core: int) -> Measured:
-        """Of a role that ends by itself and prints what it measured."""
+        """The output of a role that ends by itself and prints what it measured."""
         return Measured(**json.loads(self.child(role, *arguments, core=core).output()))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from local_stack import LocalStack  # noqa: E402 - beside this folder, not in it
+from local_stack.stack import LocalStack  # noqa: E402 - beside this folder, not in it
 from model_server_load import CORPUS, MODEL, TEXTS  # noqa: E402
 
 LOAD = Path(__file__).with_name("model_server_load.py")

@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from local_stack import LocalStack  # noqa: E402 - beside this folder, not in it
+from local_stack.stack import LocalStack  # noqa: E402 - beside this folder, not in it
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,14 +82,14 @@ class Soak:
         return " ".join(self._random.choices(self._words, k=count))
 
     def slope_mb_per_minute(self) -> float:
-        """Of the least-squares line through what came after the warm-up."""
+        """The slope of the least-squares line through what came after the warm-up."""
         last_s = self.samples[-1][0]
         since_s = min(MOST_WARM_UP_S, last_s * WARM_UP_SHARE)
         return slope([(at / 60, mb) for at, mb in self.samples if at >= since_s])
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the least-squares line through (x, y)."""
+    """The slope of the least-squares line through (x, y)."""
     x, y = np.array(points, dtype=float).T
     return float(np.polyfit(x, y, 1)[0])
 

@@ -1,4 +1,4 @@
-"""Real HTTP servers on loopback: what every fake system stands on, and the service that warm_cache.py sees."""
+"""Real HTTP servers on loopback: the base of each fake system, and the service that `embedding-warm` calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import warm_cache
+
+from embedding_service.tools.warm import __main__ as warm_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

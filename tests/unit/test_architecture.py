@@ -36,6 +36,7 @@ ARROWS = {
     "embedding_service.cache": "observability embedding_common",
     "embedding_service.upstream": "cache core errors observability embedding_common",
     "embedding_service.observability": "",
+    "embedding_service.tools": "embedding_common",
     "embedding_service.process": "api app config observability embedding_common",
     "ml_base": "",
     "ml_base.__main__": "app config models wiring embedding_common",
@@ -74,7 +75,7 @@ STDLIB_ONLY = {
 # library, or attribute of one -> the only modules that may touch it
 HOMES = {
     "redis": "embedding_service.cache.redis",
-    "aiohttp": "embedding_service.upstream",
+    "aiohttp": "embedding_service.upstream embedding_service.tools",
     "torch": "ml_base.backends",
     "sentence_transformers": "ml_base.backends",
     "transformers": "ml_base.backends",
@@ -86,7 +87,9 @@ HOMES = {
     ),
     "pydantic_settings": "embedding_common.settings embedding_service.config ml_base.config",
     "uvicorn": "embedding_common.http",
-    "os.environ": "embedding_service.__main__ embedding_service.config ml_base.wiring ml_base.config",
+    "os.environ": (
+        "embedding_service.tools embedding_service.__main__ embedding_service.config ml_base.wiring ml_base.config"
+    ),
     "os.getenv": "embedding_service.__main__ embedding_service.config ml_base.__main__ ml_base.config",
 }
 

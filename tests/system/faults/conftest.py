@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from local_stack import LocalStack
+from local_stack.stack import LocalStack
 
 from tests.system.stack.client import Client
 from tests.system.stack.running import mend, pytest_runtest_makereport, running

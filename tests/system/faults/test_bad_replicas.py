@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import httpx
 import numpy as np
 import pytest
-from local_part import wait_until
-from local_stack import LOOPBACK
+from local_stack.part import wait_until
+from local_stack.stack import LOOPBACK
 
 from tests.system.faults.load import Load, percentile_ms
 from tests.system.faults.replica import OTHER, vector
@@ -21,7 +21,7 @@ from tests.system.stack.client import fresh_texts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from local_stack import LocalStack
+    from local_stack.stack import LocalStack
 
     from tests.system.stack.client import Client
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import orjson
 import pytest
-from local_part import wait_until
-from local_stack import LOOPBACK
+from local_stack.part import wait_until
+from local_stack.stack import LOOPBACK
 
 from tests.system.faults.load import Load
 from tests.system.faults.processes import children, descriptors, resident_mb
@@ -19,7 +19,7 @@ from tests.system.stack.client import fresh_texts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from local_stack import LocalStack
+    from local_stack.stack import LocalStack
 
     from tests.system.stack.client import Client
 

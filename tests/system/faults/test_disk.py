@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from local_stack import LocalStack
+from local_stack.stack import LocalStack
 
 from tests.system.faults.load import Load
 from tests.system.stack.client import Client

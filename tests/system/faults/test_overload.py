@@ -15,7 +15,7 @@ from tests.system.stack.client import fresh_texts, paragraphs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from local_stack import LocalStack
+    from local_stack.stack import LocalStack
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 

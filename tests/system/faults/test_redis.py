@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from local_part import wait_until
-from local_stack import LOOPBACK
+from local_stack.part import wait_until
+from local_stack.stack import LOOPBACK
 from redis import Redis
 
 from embedding_service.cache.entry import Entry, KeySpace, pack
@@ -24,7 +24,7 @@ from tests.system.stack.client import fresh_texts
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from local_stack import LocalStack
+    from local_stack.stack import LocalStack
 
     from tests.system.stack.client import Client
 

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from local_part import wait_until
+from local_stack.part import wait_until
 
 from tests.system.faults.load import Load, fresh, percentile_ms
 from tests.system.stack.client import fresh_texts
@@ -15,7 +15,7 @@ from tests.system.stack.client import fresh_texts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from local_stack import LocalStack
+    from local_stack.stack import LocalStack
 
     from tests.system.stack.client import Client
 

@@ -6,7 +6,7 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from local_part import wait_until
+from local_stack.part import wait_until
 
 from tests.system.faults.load import Load
 from tests.system.faults.processes import children
@@ -14,7 +14,7 @@ from tests.system.faults.processes import children
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from local_stack import LocalStack
+    from local_stack.stack import LocalStack
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 

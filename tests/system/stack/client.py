@@ -19,7 +19,7 @@ import orjson
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from local_stack import LocalStack
+    from local_stack.stack import LocalStack
     from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from local_stack import LocalStack
+from local_stack.stack import LocalStack
 
 from tests.system.stack.client import Client
 from tests.system.stack.running import pytest_runtest_makereport, running

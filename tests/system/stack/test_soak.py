@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from local_stack import LocalStack
+from local_stack.stack import LocalStack
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "scripts" / "bench"))
 

@@ -15,7 +15,7 @@ from tests.system.stack.client import Client, encode, fresh_texts, paragraphs, r
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from local_stack import LocalStack
+    from local_stack.stack import LocalStack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 

@@ -1,4 +1,4 @@
-"""scripts/local_stack.py as a person runs it: what it prints, and that it leaves nothing behind."""
+"""scripts/local_stack as a person runs it: what it prints, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import orjson
 import pytest
-from local_machine import port_is_free
-from local_part import wait_until
-from local_stack import PORT_VARIABLES, Ports
+from local_stack.machine import port_is_free
+from local_stack.part import wait_until
+from local_stack.stack import PORT_VARIABLES, Ports
 
 from tests.system.stack.client import ROOT
 
@@ -35,7 +35,7 @@ class Terminal:
         self.ports = Ports.free()
         ports = {variable: str(getattr(self.ports, name)) for name, variable in PORT_VARIABLES.items()}
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts" / "local_stack.py"), "--state-dir", str(tmp_path / "state")],
+            [sys.executable, str(ROOT / "scripts" / "local_stack"), "--state-dir", str(tmp_path / "state")],
             cwd=tmp_path,
             env={**os.environ, **ports, **env},
             stdin=subprocess.DEVNULL,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-from local_part import wait_until
-from local_stack import LocalStack
+from local_stack.part import wait_until
+from local_stack.stack import LocalStack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The local stack's own machinery, on tiny children: no model, no Redis, no HAProxy."""
+"""The machinery of the local stack, with tiny child processes: no model, no Redis, no HAProxy."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from local_console import LOG_LIMIT_BYTES, Console
-from local_machine import FREE_PORTS, free_row_of_ports, haproxy_version, only_copy, port_is_free
-from local_part import Part, StackError, wait_until
-from local_stack import USE_SERVER, LocalStack, Ports, gateway_answers, http_get, parse_args, redis_answers, servers_cfg
+from local_stack.__main__ import parse_args
+from local_stack.console import LOG_LIMIT_BYTES, Console
+from local_stack.machine import FREE_PORTS, free_row_of_ports, haproxy_version, only_copy, port_is_free
+from local_stack.part import Part, StackError, wait_until
+from local_stack.stack import USE_SERVER, LocalStack, Ports, gateway_answers, http_get, redis_answers, servers_cfg
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).resolve().parents[3]
-SCRIPT = ROOT / "scripts" / "local_stack.py"
+SCRIPT = ROOT / "scripts" / "local_stack"
 
 FOREVER = "import threading; print('here', flush=True); threading.Event().wait()"
 DEAF = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + FOREVER
@@ -54,7 +55,7 @@ def running(tmp_path: Path, code: str, *, stop_within_s: float = 5) -> Iterator[
 
 
 def alive(pid: int) -> bool:
-    """A zombie does not count: it waits for whoever adopted it."""
+    """Returns whether the process runs. A zombie does not: it only waits for its parent."""
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -123,7 +124,7 @@ def test_children_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
     supervisor = textwrap.dedent(f"""
         import sys, threading, os
         from pathlib import Path
-        from local_part import Part
+        from local_stack.part import Part
         log_path = Path({str(tmp_path / "log")!r})
         part = Part("part", [sys.executable, "-c", {FOREVER!r}], env=os.environ, log_path=log_path,
                     probe=lambda: True, stop_within_s=1, report=print)
@@ -157,7 +158,7 @@ def test_a_second_copy_is_told_the_pid_of_the_first(tmp_path: Path) -> None:
         pass
 
 
-def test_the_lock_of_a_dead_copy_stands_in_nobodys_way(tmp_path: Path) -> None:
+def test_the_lock_of_a_dead_copy_blocks_no_start(tmp_path: Path) -> None:
     (tmp_path / "lock").write_text("99999\n")
     with only_copy(tmp_path):
         assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
@@ -201,7 +202,7 @@ def test_a_second_run_of_the_script_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["logs", "redis"])
-def test_folders_of_somebody_else_are_not_emptied(tmp_path: Path, name: str) -> None:
+def test_folders_that_no_stack_made_are_not_emptied(tmp_path: Path, name: str) -> None:
     theirs = tmp_path / name / "theirs"
     theirs.parent.mkdir()
     theirs.write_text("precious")
@@ -334,9 +335,7 @@ def test_a_log_past_its_limit_moves_aside_and_the_part_writes_on(
         assert part.log_path.with_suffix(".log.1").stat().st_size > LOG_LIMIT_BYTES
 
 
-def test_a_log_that_somebody_removes_or_empties_ends_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_that_is_removed_or_emptied_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with running(tmp_path, FOREVER) as (part, _):
         part.wait_ready()
         console = Console([part])
@@ -371,7 +370,7 @@ def test_a_log_that_cannot_move_aside_is_cut_all_the_same(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_under_the_output_ends_nothing() -> None:
-    tell = "from local_console import tell; tell('a'); tell('b'); import os; os._exit(0)"
+    tell = "from local_stack.console import tell; tell('a'); tell('b'); import os; os._exit(0)"
     with Path("/dev/full").open("w") as full:
         assert subprocess.run([sys.executable, "-c", tell], cwd=SCRIPT.parent, stdout=full, check=False).returncode == 0
 
@@ -380,7 +379,7 @@ def test_a_full_disk_under_the_output_ends_nothing() -> None:
 def test_a_hangup_ends_it_but_not_under_nohup(before: str, *, came: bool) -> None:
     hang_up = f"""
         import os, signal
-        from local_stack import StopRequest
+        from local_stack.__main__ import StopRequest
         signal.signal(signal.SIGHUP, signal.{before})
         stop = StopRequest()
         os.kill(os.getpid(), signal.SIGHUP)

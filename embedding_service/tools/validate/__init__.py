@@ -1,0 +1,1 @@
+"""`embedding-validate`: checks a running system against its targets."""

@@ -1,0 +1,1 @@
+"""`embedding-warm`: sends the texts of a file through the service, so that its caches know them."""
