@@ -1,12 +1,12 @@
-# Sourced by up, test and check. Sets `root` and `venv`. `need NAME...` makes `$venv/bin/python` able to run the project:
+# Sourced by up, test and check. Sets `root` and `venv`. `need NAME...` makes `$venv/bin/python` able to run the project;
 # a NAME is an extra of pyproject.toml, or one of its dependency groups with a + in front (+test).
 # shellcheck shell=bash
-# `CDPATH=`: an exported one leads `cd scripts/..` into another folder, and makes it print the name
+# `CDPATH=`: an exported CDPATH would lead `cd scripts/..` into another folder, and make it print the name
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 install_log=$root/.local/install.log
-# Named before everything else, since whatever depends on torch would be content with a build that brings several GB of
-# CUDA. Where pip's own index offers only that one, TORCH_INDEX_URL names PyTorch's index of CPU builds.
+# torch is installed before everything else: a package that depends on torch would accept a build that brings several GB
+# of CUDA. Where pip's own index offers only that build, TORCH_INDEX_URL names PyTorch's index of CPU builds.
 torch=torch==2.13.0
 is_new_enough='import sys; sys.exit(sys.version_info < (3, 11))'
 
@@ -16,7 +16,7 @@ die() { say "$*"; exit 1; }
 # Installs the project with these extras and groups, unless the same was installed from the same pyproject.toml before.
 need() {
   mkdir -p "$root/.local"
-  # One installation at a time; util-linux has flock, other systems do without.
+  # The lock allows one installation at a time. flock comes with util-linux; systems without it go unlocked.
   if command -v flock >/dev/null; then exec 9>"$root/.local/install.lock" && flock 9; fi
   installed "$@" || install "$@"
   exec 9>&-
@@ -48,19 +48,24 @@ install() {
   say "installed after $((SECONDS - began)) s"
 }
 
-# The requirements of dependency groups, one a line. Only pip 25.1 and newer has --group, and a new environment has the
-# pip that its Python came with.
+# Prints the requirements of dependency groups, one a line, those of included groups too. `pip install --group` does the
+# same since pip 25.1, but a new environment has the pip that its Python came with, which may be older.
 requirements_of() {
   "$venv/bin/python" - "$root/pyproject.toml" "$@" <<'PY'
 import sys, tomllib
 
 groups = tomllib.load(open(sys.argv[1], "rb"))["dependency-groups"]
+def show(name):
+    for entry in groups[name]:
+        show(entry["include-group"]) if isinstance(entry, dict) else print(entry)
+
 for name in sys.argv[2:]:
-    print(*groups[name], sep="\n")
+    show(name)
 PY
 }
 
-# PYTHON if given, else the first that is new enough: the user's own choice (python3) before any other.
+# Prints the path of PYTHON if that is set, else of the first Python that is new enough. The user's own choice (python3)
+# comes before any other.
 find_python() {
   local candidate candidates=(python3 python python3.14 python3.13 python3.12 python3.11)
   [[ -z ${PYTHON-} ]] || candidates=("$PYTHON")
@@ -73,7 +78,7 @@ find_python() {
   die "needs Python 3.11 or newer${PYTHON:+, and PYTHON=$PYTHON is not}; install it, or set PYTHON to its command"
 }
 
-# pip's output goes to the log; of it are shown only the steps that take time.
+# Runs pip install. Its output goes to the log; the terminal shows only the steps that take time.
 quiet_pip() {
   "$venv/bin/python" -m pip install --no-input --progress-bar off "$@" 2>&1 </dev/null |
     tee -a "$install_log" |

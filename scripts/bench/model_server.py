@@ -164,7 +164,7 @@ def _backend_rows(one: dict[str, Any], encode: dict[str, Any], mixes: list[str])
 
     own = {f"{name.removeprefix('threads_')} threads": one[name] for name in one if name.startswith("threads_")}
     rows = [
-        f"| {one['dtype']}, {name}, slices of {rates['slice_tokens']} | {cells(rates)} | | |"
+        f"| {one['dtype']}, {name}, batches of {rates['slice_tokens']} | {cells(rates)} | | |"
         for name, rates in own.items()
     ]
     cosine = f"{one['cosine_lowest']:.5f} / {one['cosine_mean']:.5f}"

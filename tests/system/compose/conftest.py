@@ -1,4 +1,4 @@
-"""One project for all tests that need running containers: whoever breaks a part mends it before it ends."""
+"""One project for all tests that need running containers: a test that breaks a part repairs it before it ends."""
 
 from __future__ import annotations
 

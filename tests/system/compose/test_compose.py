@@ -179,6 +179,6 @@ def test_a_stopped_stack_has_ended_cleanly_and_finds_its_vectors_when_it_is_back
     project.up()
     after = project.embed(["The third fox sleeps"])
     assert {line.split()[1] for line in ended} == {"0"}, ended
-    assert took_s < 40, "nobody was killed for not hearing SIGTERM"
+    assert took_s < 40, "no process was killed because it did not obey SIGTERM"
     assert after["cached_count"] == 1
     assert after["embeddings"] == before["embeddings"]

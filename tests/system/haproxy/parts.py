@@ -296,7 +296,7 @@ def haproxy_environment(**variables: object) -> dict[str, str]:
 
 
 async def eventually(condition: Callable[[], bool | Awaitable[bool]], *, within_s: float = 5.0) -> None:
-    """Returns when `condition()` holds. HAProxy tells nobody when it changes its mind, so there is nothing to await."""
+    """Returns when `condition()` holds. HAProxy sends no event when it judges anew, so there is nothing to await."""
     async with asyncio.timeout(within_s):
         while True:
             holds = condition()

@@ -205,7 +205,7 @@ async def test_a_named_replica_gets_the_request_however_much_it_has_in_hand() ->
         assert received(stubs) == 5
 
 
-@pytest.mark.parametrize("named", ["nobody", "", "<NOSRV>", "%[rand]", "x" * 4000])
+@pytest.mark.parametrize("named", ["unknown", "", "<NOSRV>", "%[rand]", "x" * 4000])
 async def test_a_name_that_no_replica_has_changes_nothing(named: str) -> None:
     async with stub_replicas(2) as stubs, Balancer(stubs, server=NO_CHECKS) as balancer:
         replies = {(await balancer.embed(x_replica=named)).json()["replica"] for _ in range(4)}

@@ -64,7 +64,7 @@ def test_redis_is_missed_only_where_it_is_wanted(*, enabled: bool, alerts: bool)
     assert (connected < wanted) == alerts
 
 
-def test_a_callers_own_mistake_wakes_nobody() -> None:
+def test_a_callers_own_mistake_pages_no_operator() -> None:
     expr: str = next(rule["expr"] for rule in RULES if rule["alert"] == "RequestsFail")
     counted = re.compile(re.search(r'status=~"([^"]+)"', expr)[1])  # type: ignore[index]
     statuses = set(re.findall(r'route="/embed",status="(\d+)"', EXPORTED))

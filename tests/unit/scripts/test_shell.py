@@ -7,8 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[3]
+GROUPS = ("clients", "dev", "test")
 DOCKER = """#!/bin/sh
 pwd >&2
 case "$1 $2 $3" in
@@ -46,3 +48,9 @@ def test_an_exported_cdpath_does_not_make_roll_replace_the_containers_of_another
 @pytest.mark.parametrize("script", ["roll", "test"])
 def test_help_is_told_from_any_folder(script: str) -> None:
     assert printed(f"{ROOT.name}/scripts/{script} --help", cwd=ROOT.parent).startswith(f"scripts/{script} [")
+
+
+def test_the_requirements_of_a_group_hold_those_of_the_groups_that_it_includes() -> None:
+    told = {name: set(printed(f"source scripts/_venv.sh; requirements_of {name}").splitlines()) for name in GROUPS}
+    assert told["dev"] == told["test"] | told["clients"]
+    assert all(Requirement(text) for texts in told.values() for text in texts)
