@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+import urllib.request
 import zipfile
+from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
 
@@ -60,6 +65,24 @@ def test_each_command_says_what_it_takes_and_its_version(scripts: Path, command:
     told = run(scripts / command, "--version", cwd=scripts)
     assert told.returncode == 0
     assert version("embedding-service") in told.stdout
+
+
+def test_the_installed_gateway_serves_and_ends_cleanly(scripts: Path, unused_port: int) -> None:
+    settings = {"HOST": "127.0.0.1", "PORT": str(unused_port), "REDIS_ENABLED": "false", "DRAIN_S": "0"}
+    with subprocess.Popen([scripts / "embedding-service"], env={"PATH": os.environ["PATH"], **settings}) as gateway:
+        try:
+            assert eventually_alive(unused_port)
+        finally:
+            gateway.send_signal(signal.SIGTERM)
+        assert gateway.wait(30) == 0
+
+
+def eventually_alive(port: int) -> bool:
+    for _ in range(200):
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/livez", timeout=1) as reply:
+            return bool(reply.status == HTTPStatus.OK)
+        time.sleep(0.1)
+    return False
 
 
 def test_a_model_server_without_its_extra_says_what_to_install(scripts: Path) -> None:
