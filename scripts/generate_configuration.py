@@ -31,6 +31,20 @@ find each other (`HOST`, `ML_BASE_URL`, `REDIS_HOST`, ...): it stays on loopback
 
 """
 TAIL = """
+## Values, and what else to know
+
+- `ML_BASE_BACKEND`: `auto`, `openvino`, or `torch`, which is sentence-transformers as it is.
+- `ML_BASE_DTYPE`: `auto`, `float32`, `bfloat16`, `int8` (with the extra `int8`) or `float16` (CUDA). `auto` looks for AVX512-BF16
+  or AMX. Name one where replicas run on unlike CPUs, since all replicas must have one fingerprint.
+- `ML_BASE_DEVICE`: `auto`, `cpu` or `cuda`. `ML_BASE_LOAD_AT_START`: `default` or `all`.
+- `EMPTY_TEXTS`: `accept`, or `refuse`, which answers 400 in OpenAI's and TEI's dialects.
+- `API_KEYS` and `ADMIN_API_KEYS`, and the files in their place: the keys may be separated by commas or by line ends.
+- `EMBEDDING_WORKERS`: statistics and clearing speak for all workers. `EMBEDDING_CACHE_SIZE`: the default takes about 100 MB.
+- `ML_BASE_MODEL_UNLOAD_TIMEOUT`: a replica also takes `POST /models/load` and `POST /models/unload`.
+- `ML_BASE_MAX_SLICE_MS`: the search reckons with all replicas of the machine at work.
+- `ML_BASE_MAX_QUEUE_TEXTS`: a replica whose lane is full answers 429.
+- `ML_BASE_THREADS`: `auto` goes by the affinity mask and the cgroup quota; the log names the number and the reason.
+
 ## HAProxy and the local stack
 
 HAProxy reads `ML_BIND`, `ML_PORT`, `STATS_BIND`, `STATS_PORT` and, in containers, `ML_BASE_ADDR`. If `ML_BASE_TIMEOUT` is
